@@ -1,0 +1,1027 @@
+"""Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030) on BipedalWalkerHardcore-v3.
+
+A tanh-Gaussian learner imitates a Stable-Baselines3 SAC expert.  It rolls in with a mixture of
+itself and the expert, and learns from the expert's cost-to-go Q*, which the SAC critics supply.
+The file follows Algorithm 1: Config, policy, expert, roll-in, update, evaluation, the loop.
+Rewards are maximised here where the paper minimises costs.
+
+    python aggrevated.py                          train with the defaults
+    python aggrevated.py --seed 3 --K 10          every Config field is an option
+    python aggrevated.py --resume logs/RUN        go on where a run was stopped
+    python aggrevated.py --evaluate logs/RUN      score its best policy on fresh episodes
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import stable_baselines3
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from stable_baselines3.sac.policies import SACPolicy
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# Every random stream is a pure function of (seed, purpose, counters), so that evaluating more often
+# cannot disturb training and a resumed run needs no generator states.
+ROLL_IN, SHUFFLE, VALIDATION, TEST = range(4)
+SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
+
+
+class UserError(Exception):
+    """Bad input; the message is one sentence that names the mend."""
+
+
+def option(default, note: str, low=None, high=None, choices=None):
+    """A Config field with its note (unit, why, sensible range) and its legal values."""
+    return field(default=default, metadata=dict(note=note, low=low, high=high, choices=choices))
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Config: the only place with numbers
+# ------------------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    """Every setting; each field is a command-line option too."""
+
+    env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id; bounded Box actions")
+    expert_path: str = option(
+        "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip",
+        "SAC zip of any Stable-Baselines3 version",
+    )
+    weighting: str = option(
+        "gap",
+        "gap: cost of not doing what the expert does; uniform: DAgger; minmax: the seed's",
+        choices=("gap", "uniform", "minmax"),
+    )
+    seed: int = option(0, "of everything random", low=0)
+    device: str = option("auto", "of the update: cpu, cuda, or auto; the roll-in is on the CPU")
+    n_workers: int = option(2, "processes that simulate; one per core, 1 starts none", low=1, high=64)
+    n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
+
+    max_iteration: int = option(40, "N of Algorithm 1; 20 to 100", low=1)
+    alpha_decay_iterations: int = option(10, "iterations until alpha is 0; 5 to 20", low=1)
+    K: int = option(20, "trajectories per iteration; 10 to 50", low=1)
+    H: int = option(2000, "longest trajectory [steps]; the task's own limit is 2000", low=1)
+    roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", low=0.0)
+    max_experience_len: int = option(
+        100_000, "newest transitions that are trained on; 50k to 300k", low=1
+    )
+
+    hidden_dim: int = option(128, "units in each of the two hidden layers; 64 to 256", low=1)
+    log_std_min: float = option(-5.0, "lower bound of log std; below -5 gradients explode")
+    log_std_max: float = option(2.0, "upper bound of log std; 2 is no bound in practice")
+    target_clip: float = option(
+        0.999, "expert actions are cut to this share of the range: atanh(1) is infinite", 0.5, 1.0
+    )
+
+    lr: float = option(3e-4, "Adam's step size; 1e-4 to 1e-3", low=1e-12)
+    batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
+    train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
+    gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
+    gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", low=1.0)
+    max_grad_norm: float = option(10.0, "bound on the gradient norm; 1 to 100", low=1e-12)
+    gamma: float = option(0.99, "discount that Q* must have been trained with", 0.0, 1.0)
+
+    eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
+    eval_episodes: int = option(50, "episodes per evaluation; 20 to 500", low=1)
+    log_dir: str = option("logs", "parent of the run folders")
+    render: bool = option(False, "show the last episode in a window, not only as final.gif")
+
+    def check(self) -> "Config":
+        """Raise UserError unless every field has its type and lies in its range."""
+        for f in fields(self):
+            value, m = getattr(self, f.name), f.metadata
+            if f.type is float and isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, f.name, value := float(value))
+            if type(value) is not f.type:
+                raise UserError(f"{f.name} must be a {f.type.__name__}, not {value!r}.")
+            if f.type is float and not math.isfinite(value):
+                raise UserError(f"{f.name} is {value}; give a finite number.")
+            if m["choices"] and value not in m["choices"]:
+                raise UserError(f"{f.name} is {value!r}; choose from {', '.join(m['choices'])}.")
+            if m["low"] is not None and value < m["low"]:
+                raise UserError(f"{f.name} is {value}; give at least {m['low']}.")
+            if m["high"] is not None and value > m["high"]:
+                raise UserError(f"{f.name} is {value}; give at most {m['high']}.")
+        if self.log_std_min > self.log_std_max:
+            raise UserError("log_std_min is above log_std_max; swap them.")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The learner: a tanh-Gaussian policy on any bounded Box
+# ------------------------------------------------------------------------------------------------
+class PolicyNetwork(nn.Module):
+    """a = offset + scale * tanh(u), u ~ N(mean(s), std(s)).
+
+    States are (N, state_dim), actions (N, action_dim) in the environment's units and
+    log-probabilities (N, 1), with respect to those units.
+    """
+
+    def __init__(self, state_dim, action_space, hidden_dim, *, log_std_min=-5.0, log_std_max=2.0):
+        super().__init__()
+        action_dim = action_space.shape[0]
+        self.fc1 = nn.Linear(state_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.mean = nn.Linear(hidden_dim, action_dim)
+        self.log_std = nn.Linear(hidden_dim, action_dim)
+        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("scale", ((high - low) / 2).float())
+        self.register_buffer("offset", ((high + low) / 2).float())
+
+    def forward(self, state):
+        """Mean and standard deviation (N, action_dim) of u, before the tanh."""
+        x = F.relu(self.fc1(state))
+        x = F.relu(self.fc2(x))
+        log_std = self.log_std(x).clamp(self.log_std_min, self.log_std_max)
+        return self.mean(x), log_std.exp()
+
+    def squash(self, u):
+        """The action of a pre-tanh value."""
+        return self.offset + self.scale * torch.tanh(u)
+
+    def sample(self, state, noise=None):
+        """A reparameterised sample (from standard-normal `noise` if given) and its log-prob."""
+        mean, std = self(state)
+        u = mean + std * (torch.randn_like(mean) if noise is None else noise)
+        return self.squash(u), self._log_prob(u, mean, std)  # u itself: no atanh, no rounding
+
+    def predict(self, state):
+        """The deterministic action: the mean, squashed."""
+        return self.squash(self(state)[0])
+
+    def get_log_prob(self, state, action):
+        """log pi(action | state) of any action; one at or beyond a bound counts as just inside."""
+        y = ((action - self.offset) / self.scale).clamp(-1 + 1e-6, 1 - 1e-6)
+        return self._log_prob(torch.atanh(y), *self(state))
+
+    def _log_prob(self, u, mean, std):
+        """log N(u; mean, std) - log |da/du|, with log(1 - tanh(u)^2) in the form that cannot overflow."""
+        normal = -0.5 * ((u - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
+        return (normal - log_slope).sum(dim=1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The expert: a SAC agent whose twin critics are Q*
+# ------------------------------------------------------------------------------------------------
+MAX_ZIP_BYTES = 500_000_000  # unpacked; a SAC agent has a few MB
+
+
+def read_zip(raw: bytes, what: str) -> zipfile.ZipFile:
+    """Open a zip held in memory; UserError if it is none, damaged, or unpacks to something huge."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(raw))
+        size, damaged = sum(i.file_size for i in archive.infolist()), None
+        if size <= MAX_ZIP_BYTES:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises half a dozen types on hostile bytes
+        raise UserError(f"{what} is not a readable zip file ({error}); get it again.") from None
+    if size > MAX_ZIP_BYTES or damaged:
+        raise UserError(f"{what} is damaged or unpacks to over 500 MB; get it again.")
+    return archive
+
+
+def load_tensors(raw: bytes, what: str):
+    """torch.load without unpickling anything but tensors and plain values."""
+    read_zip(raw, what)
+    try:
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0][:100]
+        raise UserError(f"{what} does not hold plain tensors ({reason}); save it again.") from None
+
+
+def layer_sizes(state: dict, prefix: str) -> list[int]:
+    """Output sizes of the linear layers under `prefix`, in order."""
+    names = [k for k in state if k.startswith(prefix + ".") and k.endswith(".weight")]
+    names.sort(key=lambda k: int(k.removeprefix(prefix + ".").split(".")[0]))
+    return [state[k].shape[0] for k in names]
+
+
+class SACExpert(nn.Module):
+    """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
+
+    Nothing in the zip is unpickled: the weights are read with `weights_only=True`, the sizes come
+    from the tensors, and the activation from the plain text beside the pickles.
+
+    Raises UserError if the file is not a SAC zip or does not fit the spaces.
+    """
+
+    def __init__(self, path, observation_space, action_space, device="cpu"):
+        super().__init__()
+        try:
+            raw = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"The expert {path} cannot be read ({error.strerror}); set --expert_path to a "
+                "Stable-Baselines3 SAC zip, or train one with rl-trained-agents/train_sac.py."
+            ) from None
+        archive = read_zip(raw, f"The expert {path}")
+        try:
+            data, weights = json.loads(archive.read("data")), archive.read("policy.pth")
+            state = load_tensors(weights, f"policy.pth in the expert {path}")
+            self.gamma = data.get("gamma")
+            self.policy = self._build(data, state, observation_space, action_space)
+        except UserError:
+            raise
+        except Exception as error:  # any surprise in hostile JSON or tensors means the same
+            reason = str(error).split("\n")[0][:100]
+            raise UserError(
+                f"{path} is not a Stable-Baselines3 SAC agent for this environment ({reason}); "
+                "choose an expert trained on it."
+            ) from None
+        if not all(p.isfinite().all() for p in self.policy.parameters()):
+            raise UserError(f"The expert {path} has NaN or infinite weights; get it again.")
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("low", low.float(), persistent=False)
+        self.register_buffer("high", high.float(), persistent=False)
+        self.to(device).requires_grad_(False).policy.set_training_mode(False)
+
+    @staticmethod
+    def _build(data, state, observation_space, action_space):
+        """SB3's own SACPolicy in the sizes of `state`, loaded with it."""
+        if "actor.mu.weight" not in state and "actor.mu.0.weight" not in state:
+            raise UserError("The expert is not a SAC agent (it has no Gaussian actor); choose one.")
+        pi, qf = layer_sizes(state, "actor.latent_pi"), layer_sizes(state, "critic.qf0")[:-1]
+        state_dim = state["critic.qf0.0.weight"].shape[1]
+        action_dim = state["actor.mu.bias" if "actor.mu.bias" in state else "actor.mu.0.bias"].shape[0]
+        state_dim -= action_dim
+        sizes = (state_dim, action_dim), observation_space.shape + action_space.shape
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"The expert has {state_dim} observations and {action_dim} actions, the environment "
+                f"{sizes[1][0]} and {sizes[1][1]}; choose an expert trained on this environment."
+            )
+        if max(pi + qf, default=0) > 16_384:
+            raise UserError("The expert's layers are implausibly wide; get it again.")
+        kwargs = data.get("policy_kwargs") or {}
+        name = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
+        policy = SACPolicy(
+            gym.spaces.Box(-np.inf, np.inf, (state_dim,)),
+            action_space,
+            lr_schedule=lambda _: 0.0,
+            net_arch=dict(pi=pi, qf=qf),
+            activation_fn={"ReLU": nn.ReLU, "Tanh": nn.Tanh, "ELU": nn.ELU, "GELU": nn.GELU,
+                           "SiLU": nn.SiLU, "LeakyReLU": nn.LeakyReLU}[name],
+            use_sde=bool(data.get("use_sde", False)),
+            n_critics=len({k.split(".")[1] for k in state if k.startswith("critic.qf")}),
+        )  # fmt: skip
+        policy.load_state_dict(state)
+        return policy
+
+    def _tensor(self, x):
+        return torch.as_tensor(x, dtype=torch.float32, device=self.low.device)
+
+    @torch.no_grad()
+    def predict(self, obs):
+        """The expert's deterministic actions (N, action_dim), in the environment's units."""
+        scaled = self.policy.actor(self._tensor(obs), deterministic=True)  # in [-1, 1]
+        action = self.low + 0.5 * (scaled + 1.0) * (self.high - self.low)
+        return action if torch.is_tensor(obs) else action.cpu().numpy()
+
+    def q_star(self, obs, action):
+        """Q*(s, a) (N, 1): the smallest critic, as SAC's own target takes it."""
+        q = self.critics(obs, action).min(dim=1, keepdim=True).values
+        return q if torch.is_tensor(obs) else q.cpu().numpy()
+
+    def critics(self, obs, action):
+        """Each critic's value (N, n_critics); SB3 trains them on actions scaled to [-1, 1]."""
+        scaled = 2.0 * (self._tensor(action) - self.low) / (self.high - self.low) - 1.0
+        return torch.cat(self.policy.critic(self._tensor(obs), scaled), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Roll-in (Algorithm 1, line 4), in this process or in workers
+# ------------------------------------------------------------------------------------------------
+def make_env(env_name: str, render_mode=None) -> gym.Env:
+    """The environment; UserError unless it exists, with 1-D Box observations and bounded actions."""
+    try:
+        env = gym.make(env_name, render_mode=render_mode, disable_env_checker=True)
+    except Exception as error:  # unknown id, missing package, a constructor that fails
+        reason = str(error).split("\n")[0]
+        raise UserError(f"env_name {env_name!r} cannot be made ({reason}); check it.") from None
+    obs, act = env.observation_space, env.action_space
+    if not isinstance(act, gym.spaces.Box) or len(act.shape) != 1:
+        raise UserError(f"{env_name} has {act} actions; choose one with a 1-D Box of actions.")
+    if not (np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.high > act.low).all()):
+        raise UserError(f"{env_name} has unbounded actions; choose one whose Box has finite bounds.")
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        raise UserError(f"{env_name} has {obs} observations; choose one with a 1-D Box of them.")
+    return env
+
+
+def make_policy(config: Config, env: gym.Env) -> PolicyNetwork:
+    """A fresh learner; its weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return PolicyNetwork(
+            env.observation_space.shape[0], env.action_space, config.hidden_dim,
+            log_std_min=config.log_std_min, log_std_max=config.log_std_max,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trajectory to simulate: what it is seeded with and how its actions are chosen."""
+
+    stream: tuple  # of integers: the seed of the terrain, of the mixing and of the noise
+    alpha: float  # probability of the expert's action, drawn anew at every step
+    noise: float  # scale of the learner's noise: 1 samples pi, 0 takes the mean action
+    horizon: int  # longest length [steps]
+
+
+class Trajectory:
+    """A job in the making: the random draws it will use and what it has seen so far.
+
+    After `finish`: states (T, state_dim), actions (T, action_dim), rewards (T,) and by_expert (T,).
+    """
+
+    def __init__(self, job: Job, env: gym.Env):
+        rng = np.random.default_rng(job.stream)
+        self.state, _ = env.reset(seed=int(rng.integers(2**31)))
+        self.env, self.horizon = env, job.horizon
+        self.by_expert = rng.random(job.horizon) < job.alpha  # (H,)
+        size = job.horizon, env.action_space.shape[0]
+        self.noise = (job.noise * rng.standard_normal(size)).astype(np.float32)
+        self.states, self.actions, self.rewards = [], [], []
+        self.terminated = self.truncated = False
+
+    def step(self, action) -> bool:
+        """Step the environment; True when the trajectory has ended."""
+        self.states.append(self.state)
+        self.actions.append(action)
+        self.state, reward, self.terminated, self.truncated, _ = self.env.step(action)
+        self.rewards.append(reward)
+        return self.terminated or self.truncated or len(self.rewards) == self.horizon
+
+    def finish(self) -> "Trajectory":
+        """Lay the lists out as arrays and let go of the environment."""
+        self.states = np.asarray(self.states, dtype=np.float32)
+        self.actions = np.asarray(self.actions, dtype=np.float32)
+        self.rewards = np.asarray(self.rewards, dtype=np.float64)
+        self.by_expert = self.by_expert[: len(self.rewards)]
+        if not np.isfinite(self.rewards).all():
+            raise FloatingPointError("The environment returned a NaN or infinite reward.")
+        self.env = self.noise = None
+        return self
+
+    @property
+    def episode_return(self) -> float:
+        return float(self.rewards.sum())
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+class Simulator:
+    """Steps several environments side by side, with one batched policy call per step."""
+
+    def __init__(self, config: Config, n_envs: int):
+        self.envs = [make_env(config.env_name) for _ in range(n_envs)]
+        spaces = self.envs[0].observation_space, self.envs[0].action_space
+        self.policy = make_policy(config, self.envs[0])
+        self.expert = SACExpert(config.expert_path, *spaces)
+
+    @torch.inference_mode()
+    def run(self, weights: dict, jobs: list[Job]) -> list[Trajectory]:
+        """Simulate the jobs, in their order; a slot whose trajectory has ended takes the next."""
+        self.policy.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
+        free, waiting, running, done = list(self.envs), list(jobs), [], []
+        while waiting or running:
+            while waiting and free:
+                running.append(Trajectory(waiting.pop(0), free.pop()))
+                done.append(running[-1])
+            actions = self._act(running)
+            still = []
+            for trajectory, action in zip(running, actions):
+                env = trajectory.env
+                if trajectory.step(action):
+                    trajectory.finish()
+                    free.append(env)
+                else:
+                    still.append(trajectory)
+            running = still
+        return done
+
+    def _act(self, running: list[Trajectory]) -> np.ndarray:
+        """Actions (n, action_dim) for the trajectories at their present steps."""
+        state = np.asarray([r.state for r in running], dtype=np.float32)
+        if not np.isfinite(state).all():
+            raise FloatingPointError("The environment returned a NaN or infinite observation.")
+        now = [len(r.rewards) for r in running]
+        expert_turn = np.asarray([r.by_expert[t] for r, t in zip(running, now)])
+        noise = np.asarray([r.noise[t] for r, t in zip(running, now)])
+        return AggreVateDAgent.mixed_policy(self.policy, self.expert, state, expert_turn, noise)
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+def serve(connection, config: Config, n_envs: int) -> None:
+    """A worker's life: simulate the jobs that arrive until the pipe closes or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(config.n_threads)
+    try:
+        simulator = Simulator(config, n_envs)
+        while True:
+            weights, jobs = connection.recv()
+            try:
+                connection.send(simulator.run(weights, jobs))
+            except (FloatingPointError, UserError) as error:
+                connection.send(error)
+    except (EOFError, ConnectionError):
+        pass
+
+
+class Workers:
+    """`n_workers` processes, each with its share of the environments; one of them needs no process."""
+
+    def __init__(self, config: Config):
+        self.n = min(config.n_workers, config.K)
+        n_envs = math.ceil(config.K / self.n)
+        if self.n == 1:
+            self.local = Simulator(config, n_envs)
+            return
+        self.local, self.processes, self.connections = None, [], []
+        context = multiprocessing.get_context("spawn")  # forking a process with CUDA is not safe
+        for i in range(self.n):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, config, n_envs), daemon=True)
+            process.start()
+            theirs.close()  # so that a dead worker reads as the end of the file
+            self.processes.append(process)
+            self.connections.append(ours)
+
+    def run(self, policy: PolicyNetwork, jobs: list[Job]) -> list[Trajectory]:
+        """Simulate `jobs` with `policy`; the trajectories come back in the order of the jobs."""
+        weights = {k: v.cpu().numpy() for k, v in policy.state_dict().items()}
+        if self.local:
+            return self.local.run(weights, jobs)
+        result = [None] * len(jobs)
+        try:
+            for i, connection in enumerate(self.connections):
+                connection.send((weights, jobs[i :: self.n]))
+            for i, connection in enumerate(self.connections):
+                part = connection.recv()
+                if isinstance(part, Exception):
+                    raise part
+                result[i :: self.n] = part
+        except (EOFError, ConnectionError):
+            raise RuntimeError("A roll-in worker died (killed, or out of memory?).") from None
+        return result
+
+    def close(self):
+        if self.local:
+            return self.local.close()
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The agent: Algorithm 1
+# ------------------------------------------------------------------------------------------------
+def gap_weights(q_expert, q_learner, factor: float, cut: float):
+    """w = min(1 + factor * gap / mean(gap), cut), normalised to mean 1; all (N, 1).
+
+    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs here not to do as the expert does.
+    """
+    gap = (q_expert - q_learner).clamp(min=0)
+    weights = (1 + factor * gap / gap.mean().clamp(min=1e-8)).clamp(max=cut)
+    return weights / weights.mean()
+
+
+def stream_seed(*stream: int) -> int:
+    """A torch seed for a stream of integers."""
+    return int(np.random.default_rng(stream).integers(2**62))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; UserError if torch does not know or have the device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:
+        reason = str(error).split("\n")[0][:100]
+        raise UserError(f"device {name!r} is not to be had here ({reason}); use cpu.") from None
+
+
+def in_chunks(function, *tensors, size=2048):
+    """function(*tensors) in pieces that stay in the CPU's cache."""
+    return torch.cat([function(*parts) for parts in zip(*(t.split(size) for t in tensors))])
+
+
+class AggreVateDAgent:
+    """Learner, expert, optimiser and data of one run; `train` is Algorithm 1."""
+
+    def __init__(self, config: Config, run_dir: Path | None = None):
+        self.config, self.run_dir = config, run_dir
+        torch.set_num_threads(config.n_threads)
+        self.device = pick_device(config.device)
+        env = make_env(config.env_name)
+        self.horizon = env.spec.max_episode_steps or config.H  # of an evaluation [steps]
+        self.policy = make_policy(config, env).to(self.device)
+        self.expert = SACExpert(
+            config.expert_path, env.observation_space, env.action_space, self.device
+        )
+        env.close()
+        if self.expert.gamma != config.gamma:
+            raise UserError(
+                f"The expert's Q* is discounted by {self.expert.gamma}; set --gamma to that."
+            )
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.lr, fused=True)
+        self.experience: dict[str, torch.Tensor] = {}  # newest transitions, (N, ...) each
+        self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, -1, 0, 0.0
+        self.best_return, self.expert_return, self.csv_bytes = -math.inf, math.nan, 0
+        self.workers = self.writer = None
+
+    # -- roll-in: line 4 -------------------------------------------------------------------------
+    @staticmethod
+    def mixed_policy(policy, expert, state, expert_turn, noise):
+        """Actions (n, action_dim) of the mixture: the expert's where `expert_turn` (n,), else pi's."""
+        action = np.empty_like(noise)
+        if expert_turn.any():
+            action[expert_turn] = expert.predict(state[expert_turn])
+        if not expert_turn.all():
+            own = ~expert_turn
+            mean, std = policy(torch.from_numpy(state[own]))
+            action[own] = policy.squash(mean + std * torch.from_numpy(noise[own])).numpy()
+        return action
+
+    def decay_alpha(self, iteration: int) -> float:
+        """Mixing rate of an iteration (from 1): 1 at first, then linearly to 0, and 0 from there."""
+        self.alpha = max(0.0, 1.0 - (iteration - 1) / self.config.alpha_decay_iterations)
+        return self.alpha
+
+    def collect(self, iteration: int) -> list[Trajectory]:
+        """K trajectories of the mixture."""
+        c = self.config
+        jobs = [
+            Job((ROLL_IN, c.seed, iteration, k), self.alpha, c.roll_in_noise, c.H) for k in range(c.K)
+        ]
+        return self.workers.run(self.policy, jobs)
+
+    # -- labels: Q* and what the expert would have done --------------------------------------------
+    def get_q_star(self, state, action):
+        """Q*(s, a) (N, 1), without gradient."""
+        with torch.no_grad():
+            return in_chunks(self.expert.q_star, state, action)
+
+    def label(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Add the trajectories, labelled in one batch, to the newest `max_experience_len` transitions."""
+        state, action = (
+            torch.from_numpy(np.concatenate([getattr(t, name) for t in trajectories])).to(self.device)
+            for name in ("states", "actions")
+        )
+        expert_action = in_chunks(self.expert.predict, state)
+        with torch.no_grad():
+            values = in_chunks(self.expert.critics, state, expert_action)  # (T, n_critics)
+        if not values.isfinite().all():
+            raise FloatingPointError("Q* is NaN or infinite on a visited state; the expert is broken.")
+        q_expert = values.min(dim=1, keepdim=True).values
+        new = dict(state=state, expert_action=expert_action, q_expert=q_expert)
+        if self.config.weighting == "minmax":  # the seed trains on what was executed, and keeps nothing
+            new |= dict(action=action, q_action=self.get_q_star(state, action))
+            self.experience = {}
+        for name, tensor in new.items():
+            old = self.experience.get(name, tensor[:0])
+            self.experience[name] = torch.cat([old, tensor])[-self.config.max_experience_len :]
+        spread = values.max(dim=1).values - values.min(dim=1).values
+        return {"train/q_twin_gap": spread.mean().item()}
+
+    # -- update: line 5 --------------------------------------------------------------------------
+    def normalize_q_star(self, q_star):
+        """The seed's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
+        return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
+
+    def weigh(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The actions to make likelier in the experience's states, and how much each counts (N, 1)."""
+        e, c = self.experience, self.config
+        if c.weighting == "minmax":
+            return e["action"], self.normalize_q_star(e["q_action"])
+        if c.weighting == "uniform":
+            return e["expert_action"], torch.ones_like(e["q_expert"])
+        with torch.no_grad():
+            q_learner = self.get_q_star(e["state"], in_chunks(self.policy.predict, e["state"]))
+        return e["expert_action"], gap_weights(e["q_expert"], q_learner, c.gap_factor, c.gap_cut)
+
+    def loss(self, state, target, weight):
+        """-mean(w log pi(target | s)), a scalar."""
+        half = self.config.target_clip * self.policy.scale
+        target = target.clamp(self.policy.offset - half, self.policy.offset + half)
+        return -(weight * self.policy.get_log_prob(state, target)).mean()  # (N, 1) * (N, 1)
+
+    def update(self, iteration: int) -> dict[str, float]:
+        """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
+        c, losses, norms = self.config, [], []
+        state, (target, weight) = self.experience["state"], self.weigh()
+        generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
+        for _ in range(c.train_repeat):
+            order = torch.randperm(len(state), generator=generator).to(self.device)
+            for batch in zip(*(x[order].split(c.batch_sz) for x in (state, target, weight))):
+                loss = self.loss(*batch)
+                self.optimizer.zero_grad()
+                loss.backward()
+                # a NaN raises here, before it can reach the weights
+                norms.append(self._clip_gradient())
+                self.optimizer.step()
+                losses.append(loss.detach())
+        return {
+            "train/loss": torch.stack(losses).mean().item(),
+            "train/grad_norm": torch.stack(norms).mean().item(),
+        }
+
+    def _clip_gradient(self) -> torch.Tensor:
+        try:
+            return nn.utils.clip_grad_norm_(
+                self.policy.parameters(), self.config.max_grad_norm, error_if_nonfinite=True
+            )
+        except RuntimeError:
+            raise FloatingPointError(
+                "The gradient is NaN or infinite; lower --lr or raise --log_std_min."
+            ) from None
+
+    @torch.no_grad()
+    def diagnose(self, n_new: int) -> dict[str, float]:
+        """What the learner is like on the newest `n_new` states."""
+        state, q_expert = (self.experience[k][-n_new:] for k in ("state", "q_expert"))
+        generator = torch.Generator().manual_seed(self.config.seed)
+        mean, std = self.policy(state)
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        action, log_prob = self.policy.sample(state, noise)
+        gap = q_expert - self.get_q_star(state, self.policy.squash(mean))
+        return {
+            "train/entropy": -log_prob.mean().item(),
+            "train/log_std": std.log().mean().item(),
+            "train/q_gap": gap.mean().item(),
+        }
+
+    # -- evaluation: line 7 ------------------------------------------------------------------------
+    def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION) -> list[Trajectory]:
+        """Deterministic episodes of "learner" or "expert", the same terrains at every call."""
+        alpha = {"learner": 0.0, "expert": 1.0}[who]
+        jobs = [
+            Job((stream, i), alpha, noise=0.0, horizon=self.horizon)
+            for i in range(n_episodes or self.config.eval_episodes)
+        ]
+        return self.workers.run(self.policy, jobs)
+
+    def validate(self) -> dict[str, float]:
+        """Evaluate the learner, at first the expert too; append to evaluations.csv, keep the best."""
+        result = {}
+        for who in ("expert", "learner") if self.iteration == 0 else ("learner",):
+            episodes = self.evaluate(who)
+            self._write_csv(who, episodes)
+            result[who] = np.array([t.episode_return for t in episodes])
+        if "expert" in result:
+            self.expert_return = result["expert"].mean().item()
+        score = result["learner"].mean().item()
+        if score > self.best_return:
+            self.best_return = score
+            self.save("best.pt")
+        return {
+            "eval/episode_reward": score,
+            "eval/expert_reward": self.expert_return,
+            "eval/episode_length": float(np.mean([len(t) for t in episodes])),
+            "eval/success_rate": float((result["learner"] >= SOLVED).mean()),
+        }
+
+    # -- the loop ----------------------------------------------------------------------------------
+    def iterate(self, n: int) -> dict[str, float]:
+        """Iteration n of Algorithm 1: roll in with the mixture, label with Q*, step the policy."""
+        started = time.perf_counter()
+        scalars = {"train/alpha": self.decay_alpha(n)}
+        trajectories = self.collect(n)
+        n_new = sum(map(len, trajectories))
+        self.env_steps += n_new
+        rolled_in = time.perf_counter()
+        scalars |= self.label(trajectories) | self.update(n) | self.diagnose(n_new)
+        return scalars | {
+            "rollout/episode_reward": float(np.mean([t.episode_return for t in trajectories])),
+            "rollout/expert_fraction": float(np.concatenate([t.by_expert for t in trajectories]).mean()),
+            "time/env_steps": self.env_steps,
+            "time/env_steps_per_second": n_new / (rolled_in - started),
+            "time/iteration_seconds": time.perf_counter() - started,
+        }
+
+    def train(self) -> None:
+        """Algorithm 1.  Iteration 0 only evaluates the expert and the untrained learner."""
+        c = self.config
+        self.workers = Workers(c)
+        self.writer = SummaryWriter(self.run_dir, purge_step=self.iteration + 1)
+        if self.iteration < 0:
+            self.writer.add_text("config", config_table(c), 0)
+        bar = tqdm(total=c.max_iteration, initial=max(self.iteration, 0), unit="iteration")
+        for n in range(self.iteration + 1, c.max_iteration + 1):
+            started = time.perf_counter()
+            scalars = self.iterate(n) if n > 0 else {}
+            self.iteration = n
+            self.seconds += time.perf_counter() - started  # of training: without evaluation
+            if n % c.eval_every == 0 or n == c.max_iteration:
+                scalars |= self.validate()
+                bar.write(
+                    f"iteration {n:4d}  {self.env_steps:8d} steps  {self.seconds:6.0f} s  "
+                    f"learner {scalars['eval/episode_reward']:7.1f}  expert {self.expert_return:7.1f}"
+                )
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, n)
+            self.writer.flush()
+            self.save("last.pt")
+            bar.update(n > 0)
+        bar.close()
+        self.film()
+
+    def film(self) -> None:
+        """One episode of the last policy as final.gif and under TensorBoard's IMAGES."""
+        frames = record(self.config, self.policy, self.horizon)
+        gif = encode_gif(frames)
+        (self.run_dir / "final.gif").write_bytes(gif)
+        image = Summary.Image(
+            height=frames[0].shape[0], width=frames[0].shape[1], colorspace=3, encoded_image_string=gif
+        )
+        summary = Summary(value=[Summary.Value(tag="final_policy", image=image)])
+        self.writer.file_writer.add_summary(summary, self.iteration)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """End the workers and the event file."""
+        for part in (self.workers, self.writer):
+            if part is not None:
+                part.close()
+
+    # -- files -------------------------------------------------------------------------------------
+    def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
+        """Append one line per episode; what a killed run wrote after its checkpoint is cut off first."""
+        rows = [
+            (self.iteration, self.env_steps, f"{self.seconds:.1f}", who, i, t.episode_return, len(t))
+            for i, t in enumerate(episodes)
+        ]
+        with open(self.run_dir / "evaluations.csv", "a+", newline="") as file:
+            file.truncate(self.csv_bytes)
+            if not self.csv_bytes:
+                rows.insert(0, CSV_COLUMNS)
+            csv.writer(file).writerows(rows)
+            file.flush()
+            self.csv_bytes = file.tell()
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of tensors and plain values under a temporary name, then rename it."""
+        state = {k: getattr(self, k) for k in CHECKPOINT_VALUES}
+        state |= dict(config=asdict(self.config), policy=self.policy.state_dict())
+        if name == "last.pt":  # what resuming needs and evaluating does not
+            state |= dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
+        path, temporary = self.run_dir / name, self.run_dir / (name + ".tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path} ({str(error).splitlines()[0][:100]})") from None
+
+    def restore(self, state: dict) -> None:
+        """Continue from a checkpoint; UserError if it does not fit."""
+        try:
+            self.policy.load_state_dict(state["policy"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
+            for name in CHECKPOINT_VALUES:
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).split("\n")[0][:100]
+            raise UserError(f"The checkpoint does not fit this run ({reason}); use its own.") from None
+
+
+CSV_COLUMNS = ("iteration", "env_steps", "seconds", "policy", "episode", "return", "length")
+CHECKPOINT_VALUES = (
+    "iteration", "env_steps", "seconds", "best_return", "expert_return", "csv_bytes",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Files and pictures
+# ------------------------------------------------------------------------------------------------
+def config_table(config: Config) -> str:
+    """The Config in Markdown, for TensorBoard's TEXT tab."""
+    lines = [f"| {k} | {v} |" for k, v in asdict(config).items()]
+    return "\n".join(["| field | value |", "|---|---|", *lines])
+
+
+def make_run_dir(config: Config) -> Path:
+    """A fresh folder below log_dir, with config.json in it; UserError if that cannot be written."""
+    name = "".join(x if x.isalnum() or x in "-_" else "-" for x in config.env_name)
+    while True:
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        run_dir = Path(config.log_dir) / f"AggreVateD_{name}_s{config.seed}_{stamp}"
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+            return run_dir
+        except FileExistsError:
+            if not run_dir.is_dir():
+                raise UserError(f"log_dir {config.log_dir} is not a folder; set --log_dir.") from None
+            time.sleep(0.2)  # two runs in one second
+        except OSError as error:
+            raise UserError(
+                f"log_dir {config.log_dir} cannot be written ({error.strerror}); set --log_dir."
+            ) from None
+
+
+def record(config: Config, policy: PolicyNetwork, horizon: int) -> list[np.ndarray]:
+    """RGB frames (H, W, 3) of one deterministic episode; on the screen as well if config.render."""
+    if not config.render:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    env = make_env(config.env_name, "rgb_array")
+    window = make_env(config.env_name, "human") if config.render else None
+    frames, ended = [], False
+    state, _ = env.reset(seed=TEST)
+    if window:
+        window.reset(seed=TEST)
+    for t in range(horizon):
+        with torch.no_grad():
+            x = torch.as_tensor(state, dtype=torch.float32, device=policy.scale.device)
+            action = policy.predict(x[None])[0].cpu().numpy()
+        if t % 4 == 0:
+            frames.append(env.render()[::2, ::2])
+        if ended:
+            break
+        state, _, terminated, truncated, _ = env.step(action)
+        if window:
+            window.step(action)
+        ended = terminated or truncated
+    env.close()
+    if window:
+        window.close()
+    return frames
+
+
+def encode_gif(frames: list[np.ndarray], milliseconds=80) -> bytes:
+    """An animated GIF of RGB frames; Pillow comes with TensorBoard."""
+    images = [Image.fromarray(f).quantize(32) for f in frames]
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0
+    )
+    return buffer.getvalue()
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's dict, from its file or its run folder; UserError unless it is one."""
+    try:
+        state = load_tensors(path.read_bytes(), f"The checkpoint {path}")
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint {path} cannot be read ({error.strerror}); give a run folder below logs/."
+        ) from None
+    if not isinstance(state, dict) or not {"config", "policy", "iteration"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this program; give a last.pt or best.pt.")
+    if not all(torch.is_tensor(v) and v.isfinite().all() for v in state["policy"].values()):
+        raise UserError(f"The checkpoint {path} has NaN or infinite weights; use an older one.")
+    known = {f.name for f in fields(Config)}
+    if not isinstance(state["config"], dict) or state["config"].keys() - known:
+        raise UserError(f"The checkpoint {path} was written by another version; use that one.")
+    state["config"] = Config(**state["config"]).check()
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Command line
+# ------------------------------------------------------------------------------------------------
+def describe(returns: np.ndarray) -> str:
+    """Mean, standard deviation, standard error and success rate of episode returns."""
+    spread = returns.std(ddof=1) if len(returns) > 1 else math.nan
+    return (
+        f"{returns.mean():8.1f} +- {spread:6.1f} (standard error {spread / len(returns) ** 0.5:5.1f}), "
+        f"success {np.mean(returns >= SOLVED):6.1%}"
+    )
+
+
+def print_evaluation(path: Path, overrides: dict) -> None:
+    """Score a checkpoint's mean action beside the expert, on fresh episodes (same terrains)."""
+    path = path / "best.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    config = Config(**(asdict(state["config"]) | overrides)).check()
+    agent = AggreVateDAgent(config)
+    try:
+        agent.policy.load_state_dict(state["policy"])
+    except RuntimeError:
+        raise UserError(f"The weights in {path} do not fit {config.env_name}; use its own.") from None
+    try:
+        agent.workers = Workers(config)
+        returns = {
+            who: np.array([t.episode_return for t in agent.evaluate(who, stream=TEST)])
+            for who in ("learner", "expert")
+        }
+    finally:
+        agent.close()
+    print(f"{path}, iteration {state['iteration']}: {config.eval_episodes} fresh episodes, mean action")
+    for who, values in returns.items():
+        print(f"  {who:8s} {describe(values)}")
+    print(f"  paired   {describe(returns['learner'] - returns['expert']).split(', ')[0]}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def parse(argv=None):
+    """The command line as (mode, path, {field: value} of the options that were given)."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from its last.pt")
+    mode.add_argument("--evaluate", type=Path, metavar="PATH", help="score a checkpoint or run folder")
+    for f in fields(Config):
+        note = f"{f.metadata['note']} (default: {f.default})".replace("%", "%%")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", help=note, default=argparse.SUPPRESS, **kind)
+    args = vars(parser.parse_args(argv))
+    return args.pop("resume"), args.pop("evaluate"), args
+
+
+def start(resume: Path | None, overrides: dict) -> AggreVateDAgent:
+    """The agent of a new run, or of one to go on with; nothing is written before all is checked."""
+    if resume is None:
+        config = Config(**overrides).check()
+        agent = AggreVateDAgent(config)
+        agent.run_dir = make_run_dir(config)
+        agent.save("last.pt")
+        return agent
+    if fixed := overrides.keys() - RESUMABLE:
+        raise UserError(f"--{min(fixed)} cannot change on --resume; start a new run with it.")
+    state = load_checkpoint(resume / "last.pt")
+    agent = AggreVateDAgent(Config(**(asdict(state["config"]) | overrides)).check(), resume)
+    agent.restore(state)
+    return agent
+
+
+RESUMABLE = {"max_iteration", "n_workers", "n_threads", "device", "render"}
+
+
+def banner(agent: AggreVateDAgent) -> None:
+    """What runs, on what, with which seed, and where it goes."""
+    c, size = agent.config, sum(p.numel() for p in agent.policy.parameters())
+    print(
+        f"AggreVaTeD on {c.env_name}: seed {c.seed}, {c.n_workers} workers, device {agent.device}, "
+        f"learner of {size} parameters\n"
+        f"torch {torch.__version__}, gymnasium {gym.__version__}, "
+        f"stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}\n"
+        f"expert {c.expert_path}\nrun    {agent.run_dir}\n"
+        f"watch  tensorboard --logdir {c.log_dir}"
+    )
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def main(argv=None) -> int:
+    """Run the command line; the exit status is 2 for bad input, 130 after an interruption."""
+    agent = None
+    try:
+        resume, evaluate, overrides = parse(argv)
+        if evaluate:
+            print_evaluation(evaluate, overrides)
+            return 0
+        agent = start(resume, overrides)
+        signal.signal(signal.SIGTERM, interrupt)
+        banner(agent)
+        agent.train()
+        print(f"score  python aggrevated.py --evaluate {agent.run_dir}")
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nStopped.  Go on with:  python aggrevated.py --resume {agent and agent.run_dir}")
+        return 130
+    except (UserError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if agent:
+            agent.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
