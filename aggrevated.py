@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # Every random stream is a pure function of (seed, purpose, counters), so that evaluating more often
 # cannot disturb training and a resumed run needs no generator states.
-ROLL_IN, SHUFFLE, VALIDATION, TEST = range(4)
+ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TEST = range(5)
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
 
 
@@ -65,14 +65,21 @@ class Config:
         "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip",
         "SAC zip of any Stable-Baselines3 version",
     )
+    algorithm: str = option(
+        "aggrevated",
+        "member of the family: what is rolled in, kept and weighted",
+        choices=("bc", "dagger", "aggrevate", "aggrevated", "reinforce"),
+    )
     weighting: str = option(
         "gap",
-        "gap: cost of not doing what the expert does; uniform: DAgger; minmax: the seed's",
-        choices=("gap", "uniform", "minmax"),
+        "aggrevated's estimator; gap: see gap_weights, score and pathwise: the paper's, minmax: the seed's",
+        choices=("gap", "score", "pathwise", "minmax"),
     )
     seed: int = option(0, "of everything random", low=0)
     device: str = option("auto", "of the update: cpu, cuda, or auto; the roll-in is on the CPU")
-    n_workers: int = option(2, "processes that simulate; one per core, 1 starts none", low=1, high=64)
+    n_workers: int = option(
+        2, "processes that simulate; one per core, 1 starts none", low=1, high=64
+    )
     n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
 
     max_iteration: int = option(40, "N of Algorithm 1; 20 to 100", low=1)
@@ -263,7 +270,9 @@ class SACExpert(nn.Module):
             raise UserError("The expert is not a SAC agent (it has no Gaussian actor); choose one.")
         pi, qf = layer_sizes(state, "actor.latent_pi"), layer_sizes(state, "critic.qf0")[:-1]
         state_dim = state["critic.qf0.0.weight"].shape[1]
-        action_dim = state["actor.mu.bias" if "actor.mu.bias" in state else "actor.mu.0.bias"].shape[0]
+        action_dim = state[
+            "actor.mu.bias" if "actor.mu.bias" in state else "actor.mu.0.bias"
+        ].shape[0]
         state_dim -= action_dim
         sizes = (state_dim, action_dim), observation_space.shape + action_space.shape
         if sizes[0] != sizes[1]:
@@ -322,8 +331,12 @@ def make_env(env_name: str, render_mode=None) -> gym.Env:
     obs, act = env.observation_space, env.action_space
     if not isinstance(act, gym.spaces.Box) or len(act.shape) != 1:
         raise UserError(f"{env_name} has {act} actions; choose one with a 1-D Box of actions.")
-    if not (np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.high > act.low).all()):
-        raise UserError(f"{env_name} has unbounded actions; choose one whose Box has finite bounds.")
+    if not (
+        np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.high > act.low).all()
+    ):
+        raise UserError(
+            f"{env_name} has unbounded actions; choose one whose Box has finite bounds."
+        )
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         raise UserError(f"{env_name} has {obs} observations; choose one with a 1-D Box of them.")
     return env
@@ -373,16 +386,16 @@ class Trajectory:
         self.rewards.append(reward)
         return self.terminated or self.truncated or len(self.rewards) == self.horizon
 
-    def finish(self) -> "Trajectory":
-        """Lay the lists out as arrays and let go of the environment."""
+    def finish(self) -> gym.Env:
+        """Lay the lists out as arrays and give the environment back."""
         self.states = np.asarray(self.states, dtype=np.float32)
         self.actions = np.asarray(self.actions, dtype=np.float32)
         self.rewards = np.asarray(self.rewards, dtype=np.float64)
         self.by_expert = self.by_expert[: len(self.rewards)]
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("The environment returned a NaN or infinite reward.")
-        self.env = self.noise = None
-        return self
+        env, self.env, self.noise = self.env, None, None
+        return env
 
     @property
     def episode_return(self) -> float:
@@ -410,16 +423,10 @@ class Simulator:
             while waiting and free:
                 running.append(Trajectory(waiting.pop(0), free.pop()))
                 done.append(running[-1])
-            actions = self._act(running)
-            still = []
-            for trajectory, action in zip(running, actions):
-                env = trajectory.env
+            for trajectory, action in zip(list(running), self._act(running)):
                 if trajectory.step(action):
-                    trajectory.finish()
-                    free.append(env)
-                else:
-                    still.append(trajectory)
-            running = still
+                    running.remove(trajectory)
+                    free.append(trajectory.finish())
         return done
 
     def _act(self, running: list[Trajectory]) -> np.ndarray:
@@ -488,7 +495,9 @@ class Workers:
                     raise part
                 result[i :: self.n] = part
         except (EOFError, ConnectionError):
-            raise RuntimeError("A roll-in worker died (killed, or out of memory?).") from None
+            raise ChildProcessError(
+                "A roll-in worker died (killed, or out of memory); lower --n_workers or go on with --resume."
+            ) from None
         return result
 
     def close(self):
@@ -530,9 +539,27 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not to be had here ({reason}); use cpu.") from None
 
 
+def standardise(x):
+    """Mean 0 and standard deviation 1 over the batch."""
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """Discounted sum of the rewards (T,) from each step on."""
+    total, result = 0.0, np.empty_like(rewards)
+    for t in reversed(range(len(rewards))):
+        result[t] = total = rewards[t] + gamma * total
+    return result
+
+
 def in_chunks(function, *tensors, size=2048):
     """function(*tensors) in pieces that stay in the CPU's cache."""
     return torch.cat([function(*parts) for parts in zip(*(t.split(size) for t in tensors))])
+
+
+# How the family differs: what weighs a log-probability.  aggrevated has its `weighting`.
+METHODS = {"bc": "uniform", "dagger": "uniform", "aggrevate": "frozen", "reinforce": "returns"}
+ON_POLICY = ("minmax", "score", "pathwise", "returns")  # train on an iteration's own data alone
 
 
 class AggreVateDAgent:
@@ -542,6 +569,7 @@ class AggreVateDAgent:
         self.config, self.run_dir = config, run_dir
         torch.set_num_threads(config.n_threads)
         self.device = pick_device(config.device)
+        self.method = METHODS.get(config.algorithm, config.weighting)
         env = make_env(config.env_name)
         self.horizon = env.spec.max_episode_steps or config.H  # of an evaluation [steps]
         self.policy = make_policy(config, env).to(self.device)
@@ -574,14 +602,17 @@ class AggreVateDAgent:
 
     def decay_alpha(self, iteration: int) -> float:
         """Mixing rate of an iteration (from 1): 1 at first, then linearly to 0, and 0 from there."""
-        self.alpha = max(0.0, 1.0 - (iteration - 1) / self.config.alpha_decay_iterations)
+        fixed = {"bc": 1.0, "reinforce": 0.0}.get(self.config.algorithm)
+        decayed = max(0.0, 1.0 - (iteration - 1) / self.config.alpha_decay_iterations)
+        self.alpha = decayed if fixed is None else fixed
         return self.alpha
 
     def collect(self, iteration: int) -> list[Trajectory]:
         """K trajectories of the mixture."""
         c = self.config
         jobs = [
-            Job((ROLL_IN, c.seed, iteration, k), self.alpha, c.roll_in_noise, c.H) for k in range(c.K)
+            Job((ROLL_IN, c.seed, iteration, k), self.alpha, c.roll_in_noise, c.H)
+            for k in range(c.K)
         ]
         return self.workers.run(self.policy, jobs)
 
@@ -592,24 +623,34 @@ class AggreVateDAgent:
             return in_chunks(self.expert.q_star, state, action)
 
     def label(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """Add the trajectories, labelled in one batch, to the newest `max_experience_len` transitions."""
+        """Label the trajectories in one batch and keep them as, or with, the experience."""
+        c = self.config
         state, action = (
-            torch.from_numpy(np.concatenate([getattr(t, name) for t in trajectories])).to(self.device)
+            torch.from_numpy(np.concatenate([getattr(t, name) for t in trajectories])).to(
+                self.device
+            )
             for name in ("states", "actions")
         )
-        expert_action = in_chunks(self.expert.predict, state)
         with torch.no_grad():
+            expert_action = in_chunks(self.expert.predict, state)
             values = in_chunks(self.expert.critics, state, expert_action)  # (T, n_critics)
         if not values.isfinite().all():
-            raise FloatingPointError("Q* is NaN or infinite on a visited state; the expert is broken.")
+            raise FloatingPointError(
+                "Q* is NaN or infinite on a visited state; the expert is broken."
+            )
         q_expert = values.min(dim=1, keepdim=True).values
         new = dict(state=state, expert_action=expert_action, q_expert=q_expert)
-        if self.config.weighting == "minmax":  # the seed trains on what was executed, and keeps nothing
+        if self.method in ("minmax", "frozen"):
             new |= dict(action=action, q_action=self.get_q_star(state, action))
-            self.experience = {}
+        elif self.method == "returns":
+            to_go = np.concatenate([returns_to_go(t.rewards, c.gamma) for t in trajectories])
+            new |= dict(
+                action=action, q_action=torch.from_numpy(to_go).float()[:, None].to(self.device)
+            )
+        kept = {} if self.method in ON_POLICY else self.experience
         for name, tensor in new.items():
-            old = self.experience.get(name, tensor[:0])
-            self.experience[name] = torch.cat([old, tensor])[-self.config.max_experience_len :]
+            joined = torch.cat([kept.get(name, tensor[:0]), tensor])
+            self.experience[name] = joined[-c.max_experience_len :]
         spread = values.max(dim=1).values - values.min(dim=1).values
         return {"train/q_twin_gap": spread.mean().item()}
 
@@ -618,19 +659,31 @@ class AggreVateDAgent:
         """The seed's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
         return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
 
-    def weigh(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The actions to make likelier in the experience's states, and how much each counts (N, 1)."""
+    @torch.no_grad()
+    def weigh(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to make likelier in every state of the experience, and its weight (N, 1)."""
         e, c = self.experience, self.config
-        if c.weighting == "minmax":
+        if self.method == "minmax":
             return e["action"], self.normalize_q_star(e["q_action"])
-        if c.weighting == "uniform":
-            return e["expert_action"], torch.ones_like(e["q_expert"])
-        with torch.no_grad():
+        if self.method == "returns":
+            return e["action"], standardise(e["q_action"])
+        if self.method == "score":  # A*(s, a) = Q*(s, a) - Q*(s, a_expert) of a sample of pi
+            noise = torch.from_numpy(np.random.default_rng((SAMPLE, c.seed, iteration)).standard_normal(
+                e["expert_action"].shape, dtype=np.float32)).to(self.device)  # fmt: skip
+            action, _ = self.policy.sample(e["state"], noise)
+            return action, standardise(self.get_q_star(e["state"], action) - e["q_expert"])
+        if self.method == "gap":
             q_learner = self.get_q_star(e["state"], in_chunks(self.policy.predict, e["state"]))
+        elif self.method == "frozen":  # of what was executed then, whatever the policy does now
+            q_learner = e["q_action"]
+        else:
+            return e["expert_action"], torch.ones_like(e["q_expert"])
         return e["expert_action"], gap_weights(e["q_expert"], q_learner, c.gap_factor, c.gap_cut)
 
     def loss(self, state, target, weight):
-        """-mean(w log pi(target | s)), a scalar."""
+        """-mean(w log pi(target | s)); for the pathwise estimator -mean(Q*(s, pi(s)))."""
+        if self.method == "pathwise":
+            return -self.expert.q_star(state, self.policy.predict(state)).mean()
         half = self.config.target_clip * self.policy.scale
         target = target.clamp(self.policy.offset - half, self.policy.offset + half)
         return -(weight * self.policy.get_log_prob(state, target)).mean()  # (N, 1) * (N, 1)
@@ -638,7 +691,7 @@ class AggreVateDAgent:
     def update(self, iteration: int) -> dict[str, float]:
         """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
         c, losses, norms = self.config, [], []
-        state, (target, weight) = self.experience["state"], self.weigh()
+        state, (target, weight) = self.experience["state"], self.weigh(iteration)
         generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
         for _ in range(c.train_repeat):
             order = torch.randperm(len(state), generator=generator).to(self.device)
@@ -722,7 +775,9 @@ class AggreVateDAgent:
         scalars |= self.label(trajectories) | self.update(n) | self.diagnose(n_new)
         return scalars | {
             "rollout/episode_reward": float(np.mean([t.episode_return for t in trajectories])),
-            "rollout/expert_fraction": float(np.concatenate([t.by_expert for t in trajectories]).mean()),
+            "rollout/expert_fraction": float(
+                np.concatenate([t.by_expert for t in trajectories]).mean()
+            ),
             "time/env_steps": self.env_steps,
             "time/env_steps_per_second": n_new / (rolled_in - started),
             "time/iteration_seconds": time.perf_counter() - started,
@@ -757,11 +812,16 @@ class AggreVateDAgent:
 
     def film(self) -> None:
         """One episode of the last policy as final.gif and under TensorBoard's IMAGES."""
-        frames = record(self.config, self.policy, self.horizon)
+        if self.config.render:
+            record(self.config, self.policy, self.horizon, "human")
+        frames = record(self.config, self.policy, self.horizon, "rgb_array")
         gif = encode_gif(frames)
         (self.run_dir / "final.gif").write_bytes(gif)
         image = Summary.Image(
-            height=frames[0].shape[0], width=frames[0].shape[1], colorspace=3, encoded_image_string=gif
+            height=frames[0].shape[0],
+            width=frames[0].shape[1],
+            colorspace=3,
+            encoded_image_string=gif,
         )
         summary = Summary(value=[Summary.Value(tag="final_policy", image=image)])
         self.writer.file_writer.add_summary(summary, self.iteration)
@@ -777,7 +837,15 @@ class AggreVateDAgent:
     def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
         """Append one line per episode; what a killed run wrote after its checkpoint is cut off first."""
         rows = [
-            (self.iteration, self.env_steps, f"{self.seconds:.1f}", who, i, t.episode_return, len(t))
+            (
+                self.iteration,
+                self.env_steps,
+                f"{self.seconds:.1f}",
+                who,
+                i,
+                t.episode_return,
+                len(t),
+            )
             for i, t in enumerate(episodes)
         ]
         with open(self.run_dir / "evaluations.csv", "a+", newline="") as file:
@@ -812,7 +880,9 @@ class AggreVateDAgent:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0][:100]
-            raise UserError(f"The checkpoint does not fit this run ({reason}); use its own.") from None
+            raise UserError(
+                f"The checkpoint does not fit this run ({reason}); use its own."
+            ) from None
 
 
 CSV_COLUMNS = ("iteration", "env_steps", "seconds", "policy", "episode", "return", "length")
@@ -842,7 +912,9 @@ def make_run_dir(config: Config) -> Path:
             return run_dir
         except FileExistsError:
             if not run_dir.is_dir():
-                raise UserError(f"log_dir {config.log_dir} is not a folder; set --log_dir.") from None
+                raise UserError(
+                    f"log_dir {config.log_dir} is not a folder; set --log_dir."
+                ) from None
             time.sleep(0.2)  # two runs in one second
         except OSError as error:
             raise UserError(
@@ -850,31 +922,21 @@ def make_run_dir(config: Config) -> Path:
             ) from None
 
 
-def record(config: Config, policy: PolicyNetwork, horizon: int) -> list[np.ndarray]:
-    """RGB frames (H, W, 3) of one deterministic episode; on the screen as well if config.render."""
-    if not config.render:
+def record(config: Config, policy: PolicyNetwork, horizon: int, mode: str) -> list[np.ndarray]:
+    """RGB frames (H, W, 3) of one deterministic episode, or none if `mode` shows it in a window."""
+    if mode != "human":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = make_env(config.env_name, "rgb_array")
-    window = make_env(config.env_name, "human") if config.render else None
-    frames, ended = [], False
+    env, frames, ended, t = make_env(config.env_name, mode), [], False, 0
     state, _ = env.reset(seed=TEST)
-    if window:
-        window.reset(seed=TEST)
-    for t in range(horizon):
+    while not ended and t < horizon:
+        if t % 4 == 0 and mode != "human":
+            frames.append(env.render()[::2, ::2])
         with torch.no_grad():
             x = torch.as_tensor(state, dtype=torch.float32, device=policy.scale.device)
             action = policy.predict(x[None])[0].cpu().numpy()
-        if t % 4 == 0:
-            frames.append(env.render()[::2, ::2])
-        if ended:
-            break
         state, _, terminated, truncated, _ = env.step(action)
-        if window:
-            window.step(action)
-        ended = terminated or truncated
+        ended, t = terminated or truncated, t + 1
     env.close()
-    if window:
-        window.close()
     return frames
 
 
@@ -928,7 +990,9 @@ def print_evaluation(path: Path, overrides: dict) -> None:
     try:
         agent.policy.load_state_dict(state["policy"])
     except RuntimeError:
-        raise UserError(f"The weights in {path} do not fit {config.env_name}; use its own.") from None
+        raise UserError(
+            f"The weights in {path} do not fit {config.env_name}; use its own."
+        ) from None
     try:
         agent.workers = Workers(config)
         returns = {
@@ -937,7 +1001,9 @@ def print_evaluation(path: Path, overrides: dict) -> None:
         }
     finally:
         agent.close()
-    print(f"{path}, iteration {state['iteration']}: {config.eval_episodes} fresh episodes, mean action")
+    print(
+        f"{path}, iteration {state['iteration']}: {config.eval_episodes} fresh episodes, mean action"
+    )
     for who, values in returns.items():
         print(f"  {who:8s} {describe(values)}")
     print(f"  paired   {describe(returns['learner'] - returns['expert']).split(', ')[0]}")
@@ -953,7 +1019,9 @@ def parse(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from its last.pt")
-    mode.add_argument("--evaluate", type=Path, metavar="PATH", help="score a checkpoint or run folder")
+    mode.add_argument(
+        "--evaluate", type=Path, metavar="PATH", help="score a checkpoint or run folder"
+    )
     for f in fields(Config):
         note = f"{f.metadata['note']} (default: {f.default})".replace("%", "%%")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -1015,7 +1083,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print(f"\nStopped.  Go on with:  python aggrevated.py --resume {agent and agent.run_dir}")
         return 130
-    except (UserError, OSError, RuntimeError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
