@@ -72,7 +72,7 @@ class Config:
     )
     weighting: str = option(
         "gap",
-        "aggrevated's estimator; gap: see gap_weights, score and pathwise: the paper's, minmax: the seed's",
+        "aggrevated's update: by gap_weights, the paper's score function, pathwise, or Q* min-max",
         choices=("gap", "score", "pathwise", "minmax"),
     )
     seed: int = option(0, "of everything random", low=0)
@@ -98,7 +98,8 @@ class Config:
         0.999, "expert actions are cut to this share of the range: atanh(1) is infinite", 0.5, 1.0
     )
 
-    lr: float = option(3e-4, "Adam's step size; 1e-4 to 1e-3", low=1e-12)
+    lr: float = option(1e-3, "Adam's step size in iteration 1; 3e-4 to 2e-3", low=1e-12)
+    final_lr: float = option(5e-5, "and in the last one, linear between; 0 to lr", low=0.0)
     batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
     train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
     gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
@@ -181,7 +182,7 @@ class PolicyNetwork(nn.Module):
         return self._log_prob(torch.atanh(y), *self(state))
 
     def _log_prob(self, u, mean, std):
-        """log N(u; mean, std) - log |da/du|, with log(1 - tanh(u)^2) in the form that cannot overflow."""
+        """log N(u; mean, std) - log |da/du|; log(1 - tanh(u)^2) in a form that cannot overflow."""
         normal = -0.5 * ((u - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
         return (normal - log_slope).sum(dim=1, keepdim=True)
@@ -277,8 +278,8 @@ class SACExpert(nn.Module):
         sizes = (state_dim, action_dim), observation_space.shape + action_space.shape
         if sizes[0] != sizes[1]:
             raise UserError(
-                f"The expert has {state_dim} observations and {action_dim} actions, the environment "
-                f"{sizes[1][0]} and {sizes[1][1]}; choose an expert trained on this environment."
+                f"The expert has {state_dim} observations and {action_dim} actions, the "
+                f"environment {sizes[1][0]} and {sizes[1][1]}; choose an expert trained on it."
             )
         if max(pi + qf, default=0) > 16_384:
             raise UserError("The expert's layers are implausibly wide; get it again.")
@@ -303,7 +304,8 @@ class SACExpert(nn.Module):
     @torch.no_grad()
     def predict(self, obs):
         """The expert's deterministic actions (N, action_dim), in the environment's units."""
-        scaled = self.policy.actor(self._tensor(obs), deterministic=True)  # in [-1, 1]
+        actor = self.policy.actor  # called in parts: its forward builds a distribution nobody needs
+        scaled = torch.tanh(actor.mu(actor.latent_pi(self._tensor(obs))))  # in [-1, 1]
         action = self.low + 0.5 * (scaled + 1.0) * (self.high - self.low)
         return action if torch.is_tensor(obs) else action.cpu().numpy()
 
@@ -322,7 +324,7 @@ class SACExpert(nn.Module):
 # 4. Roll-in (Algorithm 1, line 4), in this process or in workers
 # ------------------------------------------------------------------------------------------------
 def make_env(env_name: str, render_mode=None) -> gym.Env:
-    """The environment; UserError unless it exists, with 1-D Box observations and bounded actions."""
+    """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
     try:
         env = gym.make(env_name, render_mode=render_mode, disable_env_checker=True)
     except Exception as error:  # unknown id, missing package, a constructor that fails
@@ -445,7 +447,7 @@ class Simulator:
 
 
 def serve(connection, config: Config, n_envs: int) -> None:
-    """A worker's life: simulate the jobs that arrive until the pipe closes or the parent is gone."""
+    """A worker's life: simulate the jobs that arrive until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(config.n_threads)
@@ -462,7 +464,7 @@ def serve(connection, config: Config, n_envs: int) -> None:
 
 
 class Workers:
-    """`n_workers` processes, each with its share of the environments; one of them needs no process."""
+    """`n_workers` processes with a share of the environments each; a single one is this process."""
 
     def __init__(self, config: Config):
         self.n = min(config.n_workers, config.K)
@@ -496,7 +498,7 @@ class Workers:
                 result[i :: self.n] = part
         except (EOFError, ConnectionError):
             raise ChildProcessError(
-                "A roll-in worker died (killed, or out of memory); lower --n_workers or go on with --resume."
+                "A roll-in worker died (killed, or out of memory); go on with --resume."
             ) from None
         return result
 
@@ -516,7 +518,7 @@ class Workers:
 def gap_weights(q_expert, q_learner, factor: float, cut: float):
     """w = min(1 + factor * gap / mean(gap), cut), normalised to mean 1; all (N, 1).
 
-    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs here not to do as the expert does.
+    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs not to do as the expert does.
     """
     gap = (q_expert - q_learner).clamp(min=0)
     weights = (1 + factor * gap / gap.mean().clamp(min=1e-8)).clamp(max=cut)
@@ -577,7 +579,7 @@ class AggreVateDAgent:
             config.expert_path, env.observation_space, env.action_space, self.device
         )
         env.close()
-        if self.expert.gamma != config.gamma:
+        if self.expert.gamma not in (None, config.gamma):
             raise UserError(
                 f"The expert's Q* is discounted by {self.expert.gamma}; set --gamma to that."
             )
@@ -590,7 +592,7 @@ class AggreVateDAgent:
     # -- roll-in: line 4 -------------------------------------------------------------------------
     @staticmethod
     def mixed_policy(policy, expert, state, expert_turn, noise):
-        """Actions (n, action_dim) of the mixture: the expert's where `expert_turn` (n,), else pi's."""
+        """Actions (n, action_dim): the expert's where `expert_turn` (n,), else a sample of pi."""
         action = np.empty_like(noise)
         if expert_turn.any():
             action[expert_turn] = expert.predict(state[expert_turn])
@@ -601,7 +603,7 @@ class AggreVateDAgent:
         return action
 
     def decay_alpha(self, iteration: int) -> float:
-        """Mixing rate of an iteration (from 1): 1 at first, then linearly to 0, and 0 from there."""
+        """The mixing rate alpha_n: 1 in iteration 1, then linearly to 0, and 0 from there."""
         fixed = {"bc": 1.0, "reinforce": 0.0}.get(self.config.algorithm)
         decayed = max(0.0, 1.0 - (iteration - 1) / self.config.alpha_decay_iterations)
         self.alpha = decayed if fixed is None else fixed
@@ -659,6 +661,11 @@ class AggreVateDAgent:
         """The seed's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
         return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
 
+    def _noise(self, *stream: int) -> torch.Tensor:
+        """Standard-normal noise (N, action_dim), a row for every transition in the experience."""
+        shape, rng = self.experience["expert_action"].shape, np.random.default_rng(stream)
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(self.device)
+
     @torch.no_grad()
     def weigh(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What to make likelier in every state of the experience, and its weight (N, 1)."""
@@ -668,9 +675,7 @@ class AggreVateDAgent:
         if self.method == "returns":
             return e["action"], standardise(e["q_action"])
         if self.method == "score":  # A*(s, a) = Q*(s, a) - Q*(s, a_expert) of a sample of pi
-            noise = torch.from_numpy(np.random.default_rng((SAMPLE, c.seed, iteration)).standard_normal(
-                e["expert_action"].shape, dtype=np.float32)).to(self.device)  # fmt: skip
-            action, _ = self.policy.sample(e["state"], noise)
+            action, _ = self.policy.sample(e["state"], self._noise(SAMPLE, c.seed, iteration))
             return action, standardise(self.get_q_star(e["state"], action) - e["q_expert"])
         if self.method == "gap":
             q_learner = self.get_q_star(e["state"], in_chunks(self.policy.predict, e["state"]))
@@ -691,6 +696,8 @@ class AggreVateDAgent:
     def update(self, iteration: int) -> dict[str, float]:
         """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
         c, losses, norms = self.config, [], []
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr + (c.final_lr - c.lr) * (iteration - 1) / max(c.max_iteration - 1, 1)
         state, (target, weight) = self.experience["state"], self.weigh(iteration)
         generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
         for _ in range(c.train_repeat):
@@ -722,10 +729,8 @@ class AggreVateDAgent:
     def diagnose(self, n_new: int) -> dict[str, float]:
         """What the learner is like on the newest `n_new` states."""
         state, q_expert = (self.experience[k][-n_new:] for k in ("state", "q_expert"))
-        generator = torch.Generator().manual_seed(self.config.seed)
         mean, std = self.policy(state)
-        noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        action, log_prob = self.policy.sample(state, noise)
+        _, log_prob = self.policy.sample(state, self._noise(SAMPLE, 0)[-n_new:])
         gap = q_expert - self.get_q_star(state, self.policy.squash(mean))
         return {
             "train/entropy": -log_prob.mean().item(),
@@ -744,7 +749,7 @@ class AggreVateDAgent:
         return self.workers.run(self.policy, jobs)
 
     def validate(self) -> dict[str, float]:
-        """Evaluate the learner, at first the expert too; append to evaluations.csv, keep the best."""
+        """Evaluate the learner, at first the expert too; keep the best."""
         result = {}
         for who in ("expert", "learner") if self.iteration == 0 else ("learner",):
             episodes = self.evaluate(who)
@@ -800,7 +805,8 @@ class AggreVateDAgent:
                 scalars |= self.validate()
                 bar.write(
                     f"iteration {n:4d}  {self.env_steps:8d} steps  {self.seconds:6.0f} s  "
-                    f"learner {scalars['eval/episode_reward']:7.1f}  expert {self.expert_return:7.1f}"
+                    f"learner {scalars['eval/episode_reward']:7.1f}  "
+                    f"expert {self.expert_return:7.1f}"
                 )
             for tag, value in scalars.items():
                 self.writer.add_scalar(tag, value, n)
@@ -812,6 +818,9 @@ class AggreVateDAgent:
 
     def film(self) -> None:
         """One episode of the last policy as final.gif and under TensorBoard's IMAGES."""
+        env = make_env(self.config.env_name)
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            return print(f"{self.config.env_name} cannot be drawn: no final.gif.")
         if self.config.render:
             record(self.config, self.policy, self.horizon, "human")
         frames = record(self.config, self.policy, self.horizon, "rgb_array")
@@ -835,7 +844,7 @@ class AggreVateDAgent:
 
     # -- files -------------------------------------------------------------------------------------
     def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
-        """Append one line per episode; what a killed run wrote after its checkpoint is cut off first."""
+        """Append a line per episode, after cutting off what a killed run wrote unsaved."""
         rows = [
             (
                 self.iteration,
@@ -956,7 +965,7 @@ def load_checkpoint(path: Path) -> dict:
         state = load_tensors(path.read_bytes(), f"The checkpoint {path}")
     except OSError as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({error.strerror}); give a run folder below logs/."
+            f"The checkpoint {path} cannot be read ({error.strerror}); give a run folder."
         ) from None
     if not isinstance(state, dict) or not {"config", "policy", "iteration"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program; give a last.pt or best.pt.")
@@ -976,7 +985,8 @@ def describe(returns: np.ndarray) -> str:
     """Mean, standard deviation, standard error and success rate of episode returns."""
     spread = returns.std(ddof=1) if len(returns) > 1 else math.nan
     return (
-        f"{returns.mean():8.1f} +- {spread:6.1f} (standard error {spread / len(returns) ** 0.5:5.1f}), "
+        f"{returns.mean():8.1f} +- {spread:6.1f} "
+        f"(standard error {spread / len(returns) ** 0.5:5.1f}), "
         f"success {np.mean(returns >= SOLVED):6.1%}"
     )
 
@@ -1001,9 +1011,8 @@ def print_evaluation(path: Path, overrides: dict) -> None:
         }
     finally:
         agent.close()
-    print(
-        f"{path}, iteration {state['iteration']}: {config.eval_episodes} fresh episodes, mean action"
-    )
+    n, iteration = config.eval_episodes, state["iteration"]
+    print(f"{path}, iteration {iteration}: {n} fresh episodes, mean action")
     for who, values in returns.items():
         print(f"  {who:8s} {describe(values)}")
     print(f"  paired   {describe(returns['learner'] - returns['expert']).split(', ')[0]}")
@@ -1081,7 +1090,9 @@ def main(argv=None) -> int:
         print(f"score  python aggrevated.py --evaluate {agent.run_dir}")
         return 0
     except KeyboardInterrupt:
-        print(f"\nStopped.  Go on with:  python aggrevated.py --resume {agent and agent.run_dir}")
+        print("\nStopped.", end="\n" if agent is None else "  Go on with:  ")
+        if agent:
+            print(f"python aggrevated.py --resume {agent.run_dir}")
         return 130
     except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
