@@ -132,7 +132,11 @@ class Evaluation(EvalCallback):
         env = make_vec_env(env_name, n_envs=n_envs, env_kwargs=dict(disable_env_checker=True))
         every = max(settings.eval_every // settings.n_envs, 1)
         super().__init__(
-            env, n_eval_episodes=settings.eval_episodes, eval_freq=every, log_path=str(run_dir), verbose=0
+            env,
+            n_eval_episodes=settings.eval_episodes,
+            eval_freq=every,
+            log_path=str(run_dir),
+            verbose=0,
         )
         history = run_dir / "evaluations.npz"
         if history.exists():
@@ -148,8 +152,8 @@ class Evaluation(EvalCallback):
             super()._on_step()
             print(
                 f"{self.num_timesteps:>9} steps  {self.model._n_updates:>7} updates  "
-                f"{(time.monotonic() - self.started) / 60:6.1f} min  return {self.last_mean_reward:7.1f}"
-                f" +- {np.std(self.evaluations_results[-1]):5.1f}",
+                f"{(time.monotonic() - self.started) / 60:6.1f} min  "
+                f"return {self.last_mean_reward:7.1f} +- {np.std(self.evaluations_results[-1]):5.1f}",
                 flush=True,
             )
         return True

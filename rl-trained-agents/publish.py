@@ -1,0 +1,176 @@
+"""Choose a checkpoint of a train_sac.py run, score it, and put it into sac/ with its card's numbers.
+
+    python rl-trained-agents/publish.py rl-trained-agents/runs/BipedalWalkerHardcore-v3_s0 --n 1
+
+The candidates are the checkpoints with the best evaluations while training (or, with `--target`, those
+nearest to a return); 100 validation episodes choose among them, and other, fresh episodes give the
+score.  Both use the mean action in the untouched environment.  `score.json` beside the zip holds the
+numbers and what they were measured on; `--cards` writes README.md from all of them.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import aggrevated  # noqa: E402
+from stable_baselines3 import SAC  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SELECT = 100  # a stream of episodes that neither training, validation nor the scores use
+
+
+def play(zip_path: Path, env_name: str, episodes: int, stream: int) -> list[aggrevated.Trajectory]:
+    """Deterministic episodes of the agent in `zip_path`."""
+    config = aggrevated.Config(env_name=env_name, expert_path=str(zip_path)).check()
+    agent = aggrevated.AggreVateDAgent(config)
+    agent.workers = aggrevated.Workers(config)
+    try:
+        return agent.evaluate("expert", episodes, stream)
+    finally:
+        agent.close()
+
+
+def summary(returns: np.ndarray) -> dict:
+    """Mean, standard deviation, standard error and success rate."""
+    spread = returns.std(ddof=1)
+    return dict(
+        mean=returns.mean(),
+        std=spread,
+        standard_error=spread / len(returns) ** 0.5,
+        success_rate=np.mean(returns >= aggrevated.SOLVED),
+        episodes=len(returns),
+    )
+
+
+def audit(
+    zip_path: Path, env_name: str, episodes: list[aggrevated.Trajectory], gamma: float
+) -> dict:
+    """Q*(s, a_expert) against the discounted return that then came; steps near a time-out left out."""
+    env = aggrevated.make_env(env_name)
+    expert = aggrevated.SACExpert(zip_path, env.observation_space, env.action_space)
+    q_all, g_all, before_fall = [], [], []
+    for t in episodes:
+        q = expert.q_star(t.states, t.actions)[:, 0]
+        g = aggrevated.returns_to_go(t.rewards, gamma)
+        cut = len(t) if t.terminated else max(len(t) - 500, 0)  # gamma^500 < 1 %
+        q_all.append(q[:cut])
+        g_all.append(g[:cut])
+        if t.terminated and t.rewards[-1] <= -100:
+            before_fall.append((q[-5:].mean(), g[-5:].mean()))
+    q, g = np.concatenate(q_all), np.concatenate(g_all)
+    result = dict(
+        steps=len(q),
+        mean_q=q.mean(),
+        mean_return=g.mean(),
+        bias=(q - g).mean(),
+        correlation=np.corrcoef(q, g)[0, 1],
+        falls=len(before_fall),
+    )
+    if before_fall:
+        fall = np.mean(before_fall, axis=0)
+        result |= dict(q_before_fall=fall[0], return_before_fall=fall[1])
+    return result
+
+
+def choose(run_dir: Path, env_name: str, target: float | None, n_candidates=5):
+    """The checkpoint that 100 validation episodes like best, and what each candidate got."""
+    log = np.load(run_dir / "evaluations.npz")
+    means, steps = log["results"].mean(axis=1), log["timesteps"]
+    order = np.argsort(-means if target is None else np.abs(means - target))
+    candidates = {}
+    for i in order[:n_candidates]:
+        path = run_dir / "checkpoints" / f"sac_{steps[i]}_steps.zip"
+        if path.exists():
+            returns = [t.episode_return for t in play(path, env_name, 100, SELECT)]
+            candidates[path] = float(np.mean(returns))
+            print(f"{path.name}: {candidates[path]:.1f} over 100 validation episodes", flush=True)
+    best = min(
+        candidates, key=lambda p: -candidates[p] if target is None else abs(candidates[p] - target)
+    )
+    return best, {p.name: v for p, v in candidates.items()}
+
+
+def draw_curve(run_dir: Path, folder: Path) -> None:
+    """evaluations.npz as a picture: mean return with its standard error over steps."""
+    log = np.load(run_dir / "evaluations.npz")
+    mean = log["results"].mean(axis=1)
+    error = log["results"].std(axis=1, ddof=1) / log["results"].shape[1] ** 0.5
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.fill_between(log["timesteps"], mean - error, mean + error, alpha=0.3)
+    axes.plot(log["timesteps"], mean)
+    axes.set(xlabel="environment steps", ylabel="return, mean action", title=folder.name)
+    figure.savefig(folder / "curve.png", dpi=90)
+    plt.close(figure)
+
+
+def strip(model: SAC, env_name: str) -> SAC:
+    """The agent without optimiser state, replay buffer and training's leftovers."""
+    net_arch = model.policy_kwargs["net_arch"]
+    env = aggrevated.make_env(env_name)
+    fresh = SAC(
+        "MlpPolicy", env, policy_kwargs={"net_arch": net_arch}, buffer_size=1, gamma=model.gamma
+    )
+    fresh.policy.load_state_dict(model.policy.state_dict())
+    return fresh
+
+
+def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes: int) -> None:
+    """Choose, strip, score and audit; write sac/{env}_{n}/."""
+    folder = HERE / "sac" / f"{env_name}_{n}"
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, candidates = choose(run_dir, env_name, target)
+    model = SAC.load(checkpoint, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
+    zip_path = folder / f"{env_name}.zip"
+    strip(model, env_name).save(zip_path)
+    played = play(zip_path, env_name, episodes, aggrevated.TEST)
+    returns = np.array([t.episode_return for t in played])
+    np.savetxt(folder / "returns.csv", returns, fmt="%.3f", header="return of each test episode")
+    score = dict(
+        env_name=env_name,
+        run=run_dir.name,
+        checkpoint=checkpoint.name,
+        candidates=candidates,
+        env_steps=int(model.num_timesteps),
+        updates=int(model._n_updates),
+        gamma=model.gamma,
+        score=summary(returns),
+        q_audit=audit(zip_path, env_name, played, model.gamma),
+        settings=json.loads((run_dir / "settings.json").read_text()),
+        sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
+    )
+    (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
+    shutil.copy(run_dir / "evaluations.npz", folder)
+    for events in run_dir.glob("events.*"):
+        shutil.copy(events, folder)
+    draw_curve(run_dir, folder)
+    print(
+        json.dumps(
+            {k: score[k] for k in ("checkpoint", "score", "q_audit")}, indent=1, default=float
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--n", type=int, required=True, help="the agent's number in sac/")
+    parser.add_argument("--target", type=float, help="the return to come near to, not the best")
+    parser.add_argument("--episodes", type=int, default=500, help="test episodes")
+    args = parser.parse_args()
+    env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
+    publish(args.run_dir, env_name, args.n, args.target, args.episodes)
+
+
+if __name__ == "__main__":
+    main()
