@@ -154,10 +154,18 @@ class PolicyNetwork(nn.Module):
         low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
         self.register_buffer("scale", ((high - low) / 2).float())
         self.register_buffer("offset", ((high + low) / 2).float())
+        self.register_buffer("state_mean", torch.zeros(state_dim))
+        self.register_buffer("state_std", torch.ones(state_dim))
+
+    def fit_input(self, state):
+        """Standardise inputs from now on by the mean and std of these states (N, state_dim)."""
+        self.state_mean.copy_(state.mean(dim=0))
+        self.state_std.copy_(state.std(dim=0, correction=0).clamp(min=1e-3))
 
     def forward(self, state):
         """Mean and standard deviation (N, action_dim) of u, before the tanh."""
-        x = F.relu(self.fc1(state))
+        x = (state - self.state_mean) / self.state_std
+        x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         log_std = self.log_std(x).clamp(self.log_std_min, self.log_std_max)
         return self.mean(x), log_std.exp()
@@ -777,7 +785,10 @@ class AggreVateDAgent:
         n_new = sum(map(len, trajectories))
         self.env_steps += n_new
         rolled_in = time.perf_counter()
-        scalars |= self.label(trajectories) | self.update(n) | self.diagnose(n_new)
+        scalars |= self.label(trajectories)
+        if n == 1:
+            self.policy.fit_input(self.experience["state"])
+        scalars |= self.update(n) | self.diagnose(n_new)
         return scalars | {
             "rollout/episode_reward": float(np.mean([t.episode_return for t in trajectories])),
             "rollout/expert_fraction": float(

@@ -1,11 +1,11 @@
-"""Choose a checkpoint of a train_sac.py run, score it, and put it into sac/ with its card's numbers.
+"""Choose a checkpoint of a train_sac.py run, score it, and put it into sac/.
 
     python rl-trained-agents/publish.py rl-trained-agents/runs/BipedalWalkerHardcore-v3_s0 --n 1
 
-The candidates are the checkpoints with the best evaluations while training (or, with `--target`, those
-nearest to a return); 100 validation episodes choose among them, and other, fresh episodes give the
-score.  Both use the mean action in the untouched environment.  `score.json` beside the zip holds the
-numbers and what they were measured on; `--cards` writes README.md from all of them.
+The candidates are the checkpoints with the best evaluations while training (or, with `--target`,
+those nearest to a return); 100 validation episodes choose among them, and other, fresh episodes
+give the score.  Both use the mean action in the untouched environment.  `score.json` beside the
+zip holds the numbers and what they were measured on.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def summary(returns: np.ndarray) -> dict:
 def audit(
     zip_path: Path, env_name: str, episodes: list[aggrevated.Trajectory], gamma: float
 ) -> dict:
-    """Q*(s, a_expert) against the discounted return that then came; steps near a time-out left out."""
+    """Q*(s, a_expert) against the discounted return that then came; no steps near a time-out."""
     env = aggrevated.make_env(env_name)
     expert = aggrevated.SACExpert(zip_path, env.observation_space, env.action_space)
     q_all, g_all, before_fall = [], [], []
@@ -125,10 +125,19 @@ def strip(model: SAC, env_name: str) -> SAC:
     return fresh
 
 
+def reward_known(settings: dict, steps: int) -> str:
+    """Which reward the critics were trained on last."""
+    phase = next(p for p in settings["phases"] if steps <= p["until"])
+    if phase["fall_reward"] == -100.0:
+        return "trained on the environment's own reward"
+    return f"trained with {phase['fall_reward']:g} instead of -100 for a fall: a fall only ends"
+
+
 def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes: int) -> None:
     """Choose, strip, score and audit; write sac/{env}_{n}/."""
     folder = HERE / "sac" / f"{env_name}_{n}"
     folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads((run_dir / "settings.json").read_text())
     checkpoint, candidates = choose(run_dir, env_name, target)
     model = SAC.load(checkpoint, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
     zip_path = folder / f"{env_name}.zip"
@@ -144,9 +153,10 @@ def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes
         env_steps=int(model.num_timesteps),
         updates=int(model._n_updates),
         gamma=model.gamma,
+        reward=reward_known(settings, model.num_timesteps),
         score=summary(returns),
         q_audit=audit(zip_path, env_name, played, model.gamma),
-        settings=json.loads((run_dir / "settings.json").read_text()),
+        settings=settings,
         sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
     )
     (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
@@ -161,15 +171,55 @@ def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes
     )
 
 
+def write_cards() -> None:
+    """README.md: a card for every agent in sac/, from its score.json."""
+    parts = [INTRODUCTION]
+    for path in sorted((HERE / "sac").glob("*/score.json")):
+        card, name = json.loads(path.read_text()), path.parent.name
+        s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
+        falls = "no test episode ended in a fall"
+        if q["falls"]:
+            falls = (
+                f"in the last 5 steps before {q['falls']} falls Q\\* was {q['q_before_fall']:.1f} "
+                f"and the return {q['return_before_fall']:.1f}"
+            )
+        parts.append(
+            f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
+            f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
+            f"{s['standard_error']:.1f}), {s['success_rate']:.1%} of {s['episodes']} fresh episodes "
+            f"at 300 or more; mean action; each return is in `returns.csv`.\n"
+            f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
+            f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
+            f"{card['env_steps']:,} environment steps and {card['updates']:,} updates.\n"
+            f"- **Chosen** on 100 validation episodes among: "
+            + ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
+            + f".\n- **Critics**: gamma {card['gamma']}, {card['reward']}.\n"
+            f"- **Q\\* against the return that came** ({q['steps']:,} steps of those episodes): bias "
+            f"{q['bias']:+.2f} on a mean return of {q['mean_return']:.2f}, correlation "
+            f"{q['correlation']:.2f}; {falls}.\n"
+            f"- **sha256** `{card['sha256']}`\n"
+        )
+    (HERE / "README.md").write_text("\n".join(parts))
+
+
+INTRODUCTION = """# Experts
+
+SAC agents (Stable-Baselines3) trained by `train_sac.py`, chosen and scored by `publish.py`, which
+also wrote this page from the `score.json` of each agent.  The zips hold the policy and its critics
+without optimiser state; raw logs (`evaluations.npz`, TensorBoard events) lie beside them.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="a run folder of train_sac.py")
     parser.add_argument("--n", type=int, required=True, help="the agent's number in sac/")
     parser.add_argument("--target", type=float, help="the return to come near to, not the best")
     parser.add_argument("--episodes", type=int, default=500, help="test episodes")
     args = parser.parse_args()
     env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
     publish(args.run_dir, env_name, args.n, args.target, args.episodes)
+    write_cards()
 
 
 if __name__ == "__main__":

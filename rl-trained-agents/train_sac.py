@@ -3,9 +3,8 @@
     python rl-trained-agents/train_sac.py --env_name BipedalWalkerHardcore-v3 --seed 0
 
 The run folder (`--run_dir`, by default `rl-trained-agents/runs/{env}_s{seed}`) collects
-`evaluations.npz`, TensorBoard events, numbered policy checkpoints and `resume/`, the last state with
-its replay buffer; `--resume` goes on from there.  When the last phase ends, the checkpoint with the
-best mean over fresh validation episodes is saved as `rl-trained-agents/sac/{env}_{n}/{env}.zip`.
+`evaluations.npz`, TensorBoard events, numbered policy checkpoints and `resume/`, the last state
+with its replay buffer; `--resume` goes on from there.  `publish.py` then chooses a checkpoint.
 
 Training may reshape the reward of a fall (see `Phase.fall_reward`); every score, whether from an
 evaluation or from the training episodes' Monitor, is the untouched environment's own return.
@@ -150,10 +149,11 @@ class Evaluation(EvalCallback):
         if self.n_calls % self.eval_freq == 0:
             self.eval_env.seed(EVAL_SEED)  # the same terrains at every evaluation
             super()._on_step()
+            minutes = (time.monotonic() - self.started) / 60
+            spread = np.std(self.evaluations_results[-1])
             print(
                 f"{self.num_timesteps:>9} steps  {self.model._n_updates:>7} updates  "
-                f"{(time.monotonic() - self.started) / 60:6.1f} min  "
-                f"return {self.last_mean_reward:7.1f} +- {np.std(self.evaluations_results[-1]):5.1f}",
+                f"{minutes:6.1f} min  return {self.last_mean_reward:7.1f} +- {spread:5.1f}",
                 flush=True,
             )
         return True
