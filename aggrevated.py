@@ -82,9 +82,9 @@ class Config:
     )
     n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
 
-    max_iteration: int = option(40, "N of Algorithm 1; 20 to 100", low=1)
-    alpha_decay_iterations: int = option(10, "iterations until alpha is 0; 5 to 20", low=1)
-    K: int = option(20, "trajectories per iteration; 10 to 50", low=1)
+    max_iteration: int = option(30, "N of Algorithm 1; 20 to 100", low=1)
+    alpha_decay_iterations: int = option(6, "iterations until alpha is 0; 3 to 20", low=1)
+    K: int = option(10, "trajectories per iteration; 5 to 50", low=1)
     H: int = option(2000, "longest trajectory [steps]; the task's own limit is 2000", low=1)
     roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", low=0.0)
     max_experience_len: int = option(
@@ -92,16 +92,16 @@ class Config:
     )
 
     hidden_dim: int = option(128, "units in each of the two hidden layers; 64 to 256", low=1)
-    log_std_min: float = option(-5.0, "lower bound of log std; below -5 gradients explode")
-    log_std_max: float = option(2.0, "upper bound of log std; 2 is no bound in practice")
+    log_std_min: float = option(-2.0, "lower bound of log std; below -5 gradients explode")
+    log_std_max: float = option(-1.0, "upper bound of log std; wider roll-ins visit other states")
     target_clip: float = option(
-        0.999, "expert actions are cut to this share of the range: atanh(1) is infinite", 0.5, 1.0
+        0.99, "expert actions are cut to this share of the range: atanh(1) is infinite", 0.5, 1.0
     )
 
-    lr: float = option(1e-3, "Adam's step size in iteration 1; 3e-4 to 2e-3", low=1e-12)
-    final_lr: float = option(5e-5, "and in the last one, linear between; 0 to lr", low=0.0)
+    lr: float = option(3e-3, "Adam's step size in iteration 1; 1e-3 to 1e-2", low=1e-12)
+    final_lr: float = option(1e-4, "and in the last one, linear between; 0 to lr", low=0.0)
     batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
-    train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
+    train_repeat: int = option(2, "passes over the data per iteration; 1 to 10", low=1)
     gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
     gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", low=1.0)
     max_grad_norm: float = option(10.0, "bound on the gradient norm; 1 to 100", low=1e-12)
@@ -143,7 +143,7 @@ class PolicyNetwork(nn.Module):
     log-probabilities (N, 1), with respect to those units.
     """
 
-    def __init__(self, state_dim, action_space, hidden_dim, *, log_std_min=-5.0, log_std_max=2.0):
+    def __init__(self, state_dim, action_space, hidden_dim, *, log_std_min=-2.0, log_std_max=-1.0):
         super().__init__()
         action_dim = action_space.shape[0]
         self.fc1 = nn.Linear(state_dim, hidden_dim)
@@ -152,6 +152,8 @@ class PolicyNetwork(nn.Module):
         self.log_std = nn.Linear(hidden_dim, action_dim)
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
         low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("low", low.float())
+        self.register_buffer("high", high.float())
         self.register_buffer("scale", ((high - low) / 2).float())
         self.register_buffer("offset", ((high + low) / 2).float())
         self.register_buffer("state_mean", torch.zeros(state_dim))
@@ -167,12 +169,14 @@ class PolicyNetwork(nn.Module):
         x = (state - self.state_mean) / self.state_std
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
-        log_std = self.log_std(x).clamp(self.log_std_min, self.log_std_max)
+        share = torch.sigmoid(self.log_std(x))  # unlike a clamp's, its gradient never dies
+        log_std = self.log_std_min + share * (self.log_std_max - self.log_std_min)
         return self.mean(x), log_std.exp()
 
     def squash(self, u):
         """The action of a pre-tanh value."""
-        return self.offset + self.scale * torch.tanh(u)
+        action = self.offset + self.scale * torch.tanh(u)
+        return action.clamp(self.low, self.high)  # rounding can end just outside
 
     def sample(self, state, noise=None):
         """A reparameterised sample (from standard-normal `noise` if given) and its log-prob."""
@@ -301,6 +305,7 @@ class SACExpert(nn.Module):
             activation_fn={"ReLU": nn.ReLU, "Tanh": nn.Tanh, "ELU": nn.ELU, "GELU": nn.GELU,
                            "SiLU": nn.SiLU, "LeakyReLU": nn.LeakyReLU}[name],
             use_sde=bool(data.get("use_sde", False)),
+            clip_mean=float(kwargs.get("clip_mean", 2.0)),
             n_critics=len({k.split(".")[1] for k in state if k.startswith("critic.qf")}),
         )  # fmt: skip
         policy.load_state_dict(state)
@@ -396,16 +401,16 @@ class Trajectory:
         self.rewards.append(reward)
         return self.terminated or self.truncated or len(self.rewards) == self.horizon
 
-    def finish(self) -> gym.Env:
-        """Lay the lists out as arrays and give the environment back."""
+    def finish(self) -> None:
+        """Lay the lists out as arrays and close the environment."""
         self.states = np.asarray(self.states, dtype=np.float32)
         self.actions = np.asarray(self.actions, dtype=np.float32)
         self.rewards = np.asarray(self.rewards, dtype=np.float64)
         self.by_expert = self.by_expert[: len(self.rewards)]
+        self.env.close()
+        self.env = self.noise = None
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("The environment returned a NaN or infinite reward.")
-        env, self.env, self.noise = self.env, None, None
-        return env
 
     @property
     def episode_return(self) -> float:
@@ -419,25 +424,30 @@ class Simulator:
     """Steps several environments side by side, with one batched policy call per step."""
 
     def __init__(self, config: Config, n_envs: int):
-        self.envs = [make_env(config.env_name) for _ in range(n_envs)]
-        spaces = self.envs[0].observation_space, self.envs[0].action_space
-        self.policy = make_policy(config, self.envs[0])
-        self.expert = SACExpert(config.expert_path, *spaces)
+        self.env_name, self.n_envs = config.env_name, n_envs
+        env = make_env(config.env_name)
+        self.policy = make_policy(config, env)
+        self.expert = SACExpert(config.expert_path, env.observation_space, env.action_space)
+        env.close()
 
     @torch.inference_mode()
     def run(self, weights: dict, jobs: list[Job]) -> list[Trajectory]:
-        """Simulate the jobs, in their order; a slot whose trajectory has ended takes the next."""
+        """Simulate the jobs, in their order; when a trajectory ends the next one takes its place.
+
+        Each has an environment of its own: Box2D's worlds carry traces over a reset, so that a
+        used one would make a trajectory depend on those before it.
+        """
         self.policy.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
-        free, waiting, running, done = list(self.envs), list(jobs), [], []
-        while waiting or running:
-            while waiting and free:
-                running.append(Trajectory(waiting.pop(0), free.pop()))
-                done.append(running[-1])
+        started, running = [], []
+        while len(started) < len(jobs) or running:
+            while len(running) < self.n_envs and len(started) < len(jobs):
+                running.append(Trajectory(jobs[len(started)], make_env(self.env_name)))
+                started.append(running[-1])
             for trajectory, action in zip(list(running), self._act(running)):
                 if trajectory.step(action):
+                    trajectory.finish()
                     running.remove(trajectory)
-                    free.append(trajectory.finish())
-        return done
+        return started
 
     def _act(self, running: list[Trajectory]) -> np.ndarray:
         """Actions (n, action_dim) for the trajectories at their present steps."""
@@ -448,10 +458,6 @@ class Simulator:
         expert_turn = np.asarray([r.by_expert[t] for r, t in zip(running, now)])
         noise = np.asarray([r.noise[t] for r, t in zip(running, now)])
         return AggreVateDAgent.mixed_policy(self.policy, self.expert, state, expert_turn, noise)
-
-    def close(self):
-        for env in self.envs:
-            env.close()
 
 
 def serve(connection, config: Config, n_envs: int) -> None:
@@ -477,10 +483,10 @@ class Workers:
     def __init__(self, config: Config):
         self.n = min(config.n_workers, config.K)
         n_envs = math.ceil(config.K / self.n)
-        if self.n == 1:
-            self.local = Simulator(config, n_envs)
+        self.local = Simulator(config, n_envs) if self.n == 1 else None
+        self.processes, self.connections = [], []
+        if self.local:
             return
-        self.local, self.processes, self.connections = None, [], []
         context = multiprocessing.get_context("spawn")  # forking a process with CUDA is not safe
         for i in range(self.n):
             ours, theirs = context.Pipe()
@@ -511,8 +517,6 @@ class Workers:
         return result
 
     def close(self):
-        if self.local:
-            return self.local.close()
         for connection in self.connections:
             connection.close()
         for process in self.processes:
