@@ -12,15 +12,19 @@ Rewards are maximised here where the paper minimises costs.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -116,6 +120,8 @@ class Config:
         """Raise UserError unless every field has its type and lies in its range."""
         for f in fields(self):
             value, m = getattr(self, f.name), f.metadata
+            if type(value) is int and abs(value) >= 2**31:
+                raise UserError(f"{f.name} is {value}; give a number below 2 to the 31st.")
             if f.type is float and isinstance(value, int) and not isinstance(value, bool):
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
@@ -188,10 +194,10 @@ class PolicyNetwork(nn.Module):
         """The deterministic action: the mean, squashed."""
         return self.squash(self(state)[0])
 
-    def get_log_prob(self, state, action):
-        """log pi(action | state) of any action; one at or beyond a bound counts as just inside."""
-        y = ((action - self.offset) / self.scale).clamp(-1 + 1e-6, 1 - 1e-6)
-        return self._log_prob(torch.atanh(y), *self(state))
+    def get_log_prob(self, state, action, limit=1 - 1e-6):
+        """log pi(action | state); an action beyond `limit` of the range counts as at that limit."""
+        u = torch.atanh(((action - self.offset) / self.scale).clamp(-limit, limit))
+        return self._log_prob(u, *self(state))
 
     def _log_prob(self, u, mean, std):
         """log N(u; mean, std) - log |da/du|; log(1 - tanh(u)^2) in a form that cannot overflow."""
@@ -218,6 +224,19 @@ def read_zip(raw: bytes, what: str) -> zipfile.ZipFile:
     if size > MAX_ZIP_BYTES or damaged:
         raise UserError(f"{what} is damaged or unpacks to over 500 MB; get it again.")
     return archive
+
+
+def read_file(path, what: str, mend: str) -> bytes:
+    """A file of plausible size; UserError for anything else: devices and pipes may never end."""
+    path, reason = Path(path), "no such file"
+    try:
+        if path.is_file():
+            if path.stat().st_size > MAX_ZIP_BYTES:
+                raise UserError(f"{what} has over 500 MB; get it again.")
+            return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror
+    raise UserError(f"{what} cannot be read ({reason}); {mend}") from None
 
 
 def load_tensors(raw: bytes, what: str):
@@ -248,13 +267,10 @@ class SACExpert(nn.Module):
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
         super().__init__()
-        try:
-            raw = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"The expert {path} cannot be read ({error.strerror}); set --expert_path to a "
-                "Stable-Baselines3 SAC zip, or train one with rl-trained-agents/train_sac.py."
-            ) from None
+        raw = read_file(
+            path, f"The expert {path}", "set --expert_path to a Stable-Baselines3 SAC zip, or "
+            "train one with rl-trained-agents/train_sac.py."
+        )  # fmt: skip
         archive = read_zip(raw, f"The expert {path}")
         try:
             data, weights = json.loads(archive.read("data")), archive.read("policy.pth")
@@ -293,8 +309,13 @@ class SACExpert(nn.Module):
                 f"The expert has {state_dim} observations and {action_dim} actions, the "
                 f"environment {sizes[1][0]} and {sizes[1][1]}; choose an expert trained on it."
             )
-        if max(pi + qf, default=0) > 16_384:
-            raise UserError("The expert's layers are implausibly wide; get it again.")
+        n_critics = len({k.split(".")[1] for k in state if k.startswith("critic.qf")})
+        pairs = [
+            *zip([state_dim, *pi], pi),
+            *(n_critics * [*zip([state_dim + action_dim, *qf], qf)]),
+        ]
+        if n_critics > 100 or 4 * sum(a * b for a, b in pairs) > MAX_ZIP_BYTES:
+            raise UserError("The expert's network is implausibly large; get it again.")
         kwargs = data.get("policy_kwargs") or {}
         name = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
         policy = SACPolicy(
@@ -306,7 +327,7 @@ class SACExpert(nn.Module):
                            "SiLU": nn.SiLU, "LeakyReLU": nn.LeakyReLU}[name],
             use_sde=bool(data.get("use_sde", False)),
             clip_mean=float(kwargs.get("clip_mean", 2.0)),
-            n_critics=len({k.split(".")[1] for k in state if k.startswith("critic.qf")}),
+            n_critics=n_critics,
         )  # fmt: skip
         policy.load_state_dict(state)
         return policy
@@ -339,7 +360,9 @@ class SACExpert(nn.Module):
 def make_env(env_name: str, render_mode=None) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
     try:
-        env = gym.make(env_name, render_mode=render_mode, disable_env_checker=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters comes as an error
+            env = gym.make(env_name, render_mode=render_mode, disable_env_checker=True)
     except Exception as error:  # unknown id, missing package, a constructor that fails
         reason = str(error).split("\n")[0]
         raise UserError(f"env_name {env_name!r} cannot be made ({reason}); check it.") from None
@@ -460,11 +483,18 @@ class Simulator:
         return AggreVateDAgent.mixed_policy(self.policy, self.expert, state, expert_turn, noise)
 
 
+def end_with_parent() -> None:
+    """End this worker when its parent is gone, in the middle of an episode too."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def serve(connection, config: Config, n_envs: int) -> None:
     """A worker's life: simulate the jobs that arrive until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(config.n_threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         simulator = Simulator(config, n_envs)
         while True:
@@ -473,7 +503,7 @@ def serve(connection, config: Config, n_envs: int) -> None:
                 connection.send(simulator.run(weights, jobs))
             except (FloatingPointError, UserError) as error:
                 connection.send(error)
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):
         pass
 
 
@@ -488,6 +518,7 @@ class Workers:
         if self.local:
             return
         context = multiprocessing.get_context("spawn")  # forking a process with CUDA is not safe
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it while they import
         for i in range(self.n):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, config, n_envs), daemon=True)
@@ -495,6 +526,7 @@ class Workers:
             theirs.close()  # so that a dead worker reads as the end of the file
             self.processes.append(process)
             self.connections.append(ours)
+        signal.signal(signal.SIGINT, before)
 
     def run(self, policy: PolicyNetwork, jobs: list[Job]) -> list[Trajectory]:
         """Simulate `jobs` with `policy`; the trajectories come back in the order of the jobs."""
@@ -510,7 +542,7 @@ class Workers:
                 if isinstance(part, Exception):
                     raise part
                 result[i :: self.n] = part
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             raise ChildProcessError(
                 "A roll-in worker died (killed, or out of memory); go on with --resume."
             ) from None
@@ -547,7 +579,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError("only cpu and cuda are known to work")
+        return device
     except Exception as error:
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"device {name!r} is not to be had here ({reason}); use cpu.") from None
@@ -555,7 +590,7 @@ def pick_device(name: str) -> torch.device:
 
 def standardise(x):
     """Mean 0 and standard deviation 1 over the batch."""
-    return (x - x.mean()) / (x.std() + 1e-8)
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
 def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -701,9 +736,8 @@ class AggreVateDAgent:
         """-mean(w log pi(target | s)); for the pathwise estimator -mean(Q*(s, pi(s)))."""
         if self.method == "pathwise":
             return -self.expert.q_star(state, self.policy.predict(state)).mean()
-        half = self.config.target_clip * self.policy.scale
-        target = target.clamp(self.policy.offset - half, self.policy.offset + half)
-        return -(weight * self.policy.get_log_prob(state, target)).mean()  # (N, 1) * (N, 1)
+        log_prob = self.policy.get_log_prob(state, target, self.config.target_clip)
+        return -(weight * log_prob).mean()  # (N, 1) * (N, 1)
 
     def update(self, iteration: int) -> dict[str, float]:
         """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
@@ -722,6 +756,8 @@ class AggreVateDAgent:
                 norms.append(self._clip_gradient())
                 self.optimizer.step()
                 losses.append(loss.detach())
+        if not all(p.isfinite().all() for p in self.policy.parameters()):
+            raise FloatingPointError("The weights became NaN or infinite; lower --lr.")
         return {
             "train/loss": torch.stack(losses).mean().item(),
             "train/grad_norm": torch.stack(norms).mean().item(),
@@ -807,10 +843,16 @@ class AggreVateDAgent:
         """Algorithm 1.  Iteration 0 only evaluates the expert and the untrained learner."""
         c = self.config
         self.workers = Workers(c)
+        threading.excepthook = lambda *_: None  # flush() raises what the writer's thread met
         self.writer = SummaryWriter(self.run_dir, purge_step=self.iteration + 1)
         if self.iteration < 0:
             self.writer.add_text("config", config_table(c), 0)
-        bar = tqdm(total=c.max_iteration, initial=max(self.iteration, 0), unit="iteration")
+        with tqdm(total=c.max_iteration, initial=max(self.iteration, 0), unit="iteration") as bar:
+            self._loop(bar)
+        self.film()
+
+    def _loop(self, bar) -> None:
+        c = self.config
         for n in range(self.iteration + 1, c.max_iteration + 1):
             started = time.perf_counter()
             scalars = self.iterate(n) if n > 0 else {}
@@ -828,8 +870,6 @@ class AggreVateDAgent:
             self.writer.flush()
             self.save("last.pt")
             bar.update(n > 0)
-        bar.close()
-        self.film()
 
     def film(self) -> None:
         """One episode of the last policy as final.gif and under TensorBoard's IMAGES."""
@@ -855,7 +895,8 @@ class AggreVateDAgent:
         """End the workers and the event file."""
         for part in (self.workers, self.writer):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # of a full disk; what matters is on it
+                    part.close()
 
     # -- files -------------------------------------------------------------------------------------
     def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
@@ -873,6 +914,7 @@ class AggreVateDAgent:
             for i, t in enumerate(episodes)
         ]
         with open(self.run_dir / "evaluations.csv", "a+", newline="") as file:
+            self.csv_bytes = min(self.csv_bytes, file.seek(0, os.SEEK_END))
             file.truncate(self.csv_bytes)
             if not self.csv_bytes:
                 rows.insert(0, CSV_COLUMNS)
@@ -894,19 +936,48 @@ class AggreVateDAgent:
             temporary.unlink(missing_ok=True)
             raise OSError(f"cannot write {path} ({str(error).splitlines()[0][:100]})") from None
 
+    def load_policy(self, state: dict) -> None:
+        """Take over the weights of a checkpoint; UserError unless they are finite and fit."""
+        own = {k: v.cpu() for k, v in self.policy.state_dict().items()}
+        fixed = ("low", "high", "scale", "offset")
+        if not fits(state["policy"], own) or any(
+            not torch.equal(state["policy"][k], own[k]) for k in fixed
+        ):
+            raise UserError("The checkpoint's weights are not finite or do not fit; use another.")
+        self.policy.load_state_dict(state["policy"])
+
     def restore(self, state: dict) -> None:
-        """Continue from a checkpoint; UserError if it does not fit."""
+        """Continue from a checkpoint; UserError unless it holds just what this run would save."""
+        wanted = {k: getattr(self, k) for k in CHECKPOINT_VALUES}
+        moments, experience = {}, {}
         try:
-            self.policy.load_state_dict(state["policy"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
-            for name in CHECKPOINT_VALUES:
-                setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = str(error).split("\n")[0][:100]
-            raise UserError(
-                f"The checkpoint does not fit this run ({reason}); use its own."
-            ) from None
+            if state["iteration"] > 0:
+                size = len(state["experience"]["state"]), len(self.policy.scale)
+                names = ("expert_action", "q_expert")
+                if self.method in ("minmax", "frozen", "returns"):
+                    names += ("action", "q_action")
+                experience = {
+                    k: torch.empty(size[0], 1 if k[:2] == "q_" else size[1]) for k in names
+                }
+                experience["state"] = torch.empty(size[0], self.policy.fc1.in_features)
+                for i, p in enumerate(self.policy.parameters()):
+                    p = p.detach().cpu()
+                    moments[i] = dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
+            wanted |= dict(optimizer=moments, experience=experience)
+            ok = fits(
+                {k: state[k] for k in wanted} | dict(optimizer=state["optimizer"]["state"]), wanted
+            )
+            ok = ok and state["iteration"] >= -1 and not math.isnan(state["best_return"])
+        except (KeyError, TypeError, RuntimeError):
+            ok = False
+        if not ok:
+            raise UserError("The checkpoint is damaged or not of this run; use its own.")
+        self.load_policy(state)
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict(own | dict(state=state["optimizer"]["state"]))
+        self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
+        for name in CHECKPOINT_VALUES:
+            setattr(self, name, state[name])
 
 
 CSV_COLUMNS = ("iteration", "env_steps", "seconds", "policy", "episode", "return", "length")
@@ -941,6 +1012,7 @@ def make_run_dir(config: Config) -> Path:
                 ) from None
             time.sleep(0.2)  # two runs in one second
         except OSError as error:
+            shutil.rmtree(run_dir, ignore_errors=True)
             raise UserError(
                 f"log_dir {config.log_dir} cannot be written ({error.strerror}); set --log_dir."
             ) from None
@@ -976,21 +1048,29 @@ def encode_gif(frames: list[np.ndarray], milliseconds=80) -> bytes:
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint's dict, from its file or its run folder; UserError unless it is one."""
-    try:
-        state = load_tensors(path.read_bytes(), f"The checkpoint {path}")
-    except OSError as error:
-        raise UserError(
-            f"The checkpoint {path} cannot be read ({error.strerror}); give a run folder."
-        ) from None
+    what = f"The checkpoint {path}"
+    state = load_tensors(read_file(path, what, "give a run folder."), what)
     if not isinstance(state, dict) or not {"config", "policy", "iteration"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program; give a last.pt or best.pt.")
-    if not all(torch.is_tensor(v) and v.isfinite().all() for v in state["policy"].values()):
-        raise UserError(f"The checkpoint {path} has NaN or infinite weights; use an older one.")
     known = {f.name for f in fields(Config)}
     if not isinstance(state["config"], dict) or state["config"].keys() - known:
         raise UserError(f"The checkpoint {path} was written by another version; use that one.")
     state["config"] = Config(**state["config"]).check()
     return state
+
+
+def fits(value, pattern) -> bool:
+    """Whether nested values have a pattern's keys, types and shapes, and their tensors are finite."""
+    if isinstance(pattern, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == pattern.keys()
+            and all(fits(value[k], pattern[k]) for k in pattern)
+        )
+    if not torch.is_tensor(pattern) or type(value) is not torch.Tensor:
+        return type(value) is type(pattern)
+    kind = [(x.shape, x.dtype, x.layout, x.device) for x in (value, pattern)]
+    return kind[0] == kind[1] and bool(value.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1012,12 +1092,7 @@ def print_evaluation(path: Path, overrides: dict) -> None:
     state = load_checkpoint(path)
     config = Config(**(asdict(state["config"]) | overrides)).check()
     agent = AggreVateDAgent(config)
-    try:
-        agent.policy.load_state_dict(state["policy"])
-    except RuntimeError:
-        raise UserError(
-            f"The weights in {path} do not fit {config.env_name}; use its own."
-        ) from None
+    agent.load_policy(state)
     try:
         agent.workers = Workers(config)
         returns = {
@@ -1060,7 +1135,11 @@ def start(resume: Path | None, overrides: dict) -> AggreVateDAgent:
         config = Config(**overrides).check()
         agent = AggreVateDAgent(config)
         agent.run_dir = make_run_dir(config)
-        agent.save("last.pt")
+        try:
+            agent.save("last.pt")
+        except OSError:
+            shutil.rmtree(agent.run_dir, ignore_errors=True)
+            raise
         return agent
     if fixed := overrides.keys() - RESUMABLE:
         raise UserError(f"--{min(fixed)} cannot change on --resume; start a new run with it.")
@@ -1087,6 +1166,8 @@ def banner(agent: AggreVateDAgent) -> None:
 
 
 def interrupt(*_):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning up
     raise KeyboardInterrupt
 
 
@@ -1094,12 +1175,13 @@ def main(argv=None) -> int:
     """Run the command line; the exit status is 2 for bad input, 130 after an interruption."""
     agent = None
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         resume, evaluate, overrides = parse(argv)
         if evaluate:
             print_evaluation(evaluate, overrides)
             return 0
         agent = start(resume, overrides)
-        signal.signal(signal.SIGTERM, interrupt)
         banner(agent)
         agent.train()
         print(f"score  python aggrevated.py --evaluate {agent.run_dir}")
@@ -1109,8 +1191,11 @@ def main(argv=None) -> int:
         if agent:
             print(f"python aggrevated.py --resume {agent.run_dir}")
         return 130
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        print(
+            f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}",
+            file=sys.stderr,
+        )
         return 2
     finally:
         if agent:

@@ -110,7 +110,7 @@ def measure_update(agent, size, device, batch_sz):
     state, fixed, weigh, net = ours.experience["state"], ours.weigh(1), ours.weigh, ours.policy
     ours.weigh = lambda _: fixed
     p = [x.detach().clone().requires_grad_() for x in net.parameters()]
-    optimizer = torch.optim.Adam(p, c.lr, fused=True)
+    optimizer, spread = torch.optim.Adam(p, c.lr, fused=True), c.log_std_max - c.log_std_min
 
     def bare():  # the mathematics of ours.update but what has no gradient, as tensor operations
         u = ((fixed[0] - net.offset) / net.scale).clamp(-c.target_clip, c.target_clip).atanh()
@@ -119,7 +119,7 @@ def measure_update(agent, size, device, batch_sz):
         order = torch.randperm(len(state), generator=generator).to(device)
         for x, v, w in zip(*(t[order].split(batch_sz) for t in data)):
             h = F.linear(F.linear(x, p[0], p[1]).relu(), p[2], p[3]).relu()
-            log_std = F.linear(h, p[6], p[7]).clamp(c.log_std_min, c.log_std_max)
+            log_std = c.log_std_min + spread * torch.sigmoid(F.linear(h, p[6], p[7]))
             z = (v - F.linear(h, p[4], p[5])) * torch.exp(-log_std)
             loss = (w * (0.5 * z * z + log_std)).sum(dim=1).mean()
             optimizer.zero_grad()
@@ -218,7 +218,7 @@ def iterations(config, n, keep) -> list:
     """(roll-in steps/s, seconds, peak MiB of this process, of the workers) of n iterations."""
     agent, result = ag.AggreVateDAgent(config), []
     agent.workers = ag.Workers(config)
-    pids = os.getpid(), *(p.pid for p in getattr(agent.workers, "processes", []))
+    pids = os.getpid(), *(p.pid for p in agent.workers.processes)
     for i in range(1, n + 1):
         agent.experience = agent.experience if keep else {}
         new = agent.iterate(i)
@@ -280,8 +280,7 @@ def main():
     agent.config = config
     for device, batch_sz in product(["cpu", "cuda"][: 1 + torch.cuda.is_available()], (128, 256)):
         measure_update(agent, size, device, batch_sz)
-    measure_roll_in(agent, pools, processes, size)
-    agent.workers = pools[2]
+    measure_roll_in(agent, pools, processes, size)  # leaves the agent with pools[2]
     with tempfile.TemporaryDirectory() as folder:
         agent.run_dir = Path(folder)
         measure_iteration(agent, processes, size)

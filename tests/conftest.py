@@ -79,7 +79,8 @@ def small(expert_zip):
         return dict(
             env_name="Pendulum-v1", expert_path=str(expert_zip), device="cpu", n_workers=1,
             K=2, H=40, max_iteration=2, alpha_decay_iterations=2, eval_every=1, eval_episodes=2,
-            hidden_dim=16, batch_sz=32,
+            hidden_dim=16, batch_sz=32, train_repeat=3, lr=1e-3, final_lr=1e-4, log_std_min=-5,
+            log_std_max=1, target_clip=0.99,
         ) | changes  # fmt: skip
 
     return values
@@ -108,7 +109,7 @@ def run_main():
 def run_script():
     """run_script(*args): `python aggrevated.py` in a process of its own."""
 
-    def run(*args, cwd=ROOT, timeout=120):
+    def run(*args, cwd=ROOT, timeout=600):
         return subprocess.run(
             [sys.executable, str(ROOT / "aggrevated.py"), *map(str, args)],
             cwd=cwd, capture_output=True, text=True, timeout=timeout,

@@ -28,7 +28,7 @@ SPACES = PENDULUM.observation_space, PENDULUM.action_space
 def policy_on(box, spread=1.0):
     """A float64 learner of 4 observations whose means and deviations vary with the state."""
     torch.manual_seed(0)
-    policy = PolicyNetwork(4, box, 16).double()
+    policy = PolicyNetwork(4, box, 16, log_std_min=-5, log_std_max=2).double()
     with torch.no_grad():
         policy.mean.weight.mul_(4 * spread)
         policy.log_std.weight.mul_(4 * spread)
@@ -84,7 +84,7 @@ def test_density_integrates_to_1_over_the_box(low, high):
         assert density.sum().item() * cell == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("log_std", [-100.0, 0.0, 100.0])  # the limits cut them to -5 and 2
+@pytest.mark.parametrize("log_std", [-100.0, 0.0, 100.0])  # between the bounds of -5 and 2
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_values_and_gradients_are_finite_at_the_bounds(box, log_std):
     policy = policy_on(box, spread=10).float()
@@ -108,6 +108,32 @@ def test_values_and_gradients_are_finite_at_the_bounds(box, log_std):
         (action.sum() + log_prob.sum()).backward()
         assert log_prob.isfinite().all()
         assert all(p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_log_prob_counts_what_is_beyond_the_limit_as_at_it():
+    policy, state = policy_on(BOXES["two"]), states(3)
+    at = [policy.get_log_prob(state, torch.full((3, 1), a).double(), 0.9) for a in (1.7, 1.9, 2.0)]
+    assert torch.equal(at[1], at[2]) and not torch.equal(at[0], at[1])
+
+
+def test_every_part_of_a_fresh_learner_has_a_gradient():
+    torch.manual_seed(0)
+    policy = PolicyNetwork(4, BOXES["one"], 16)  # with the bounds it has by default
+    policy.get_log_prob(states(50).float(), torch.full((50, 2), 0.9)).sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad != 0).any(), name
+
+
+def test_inputs_are_standardised_by_the_states_given():
+    policy, state = policy_on(BOXES["one"]), states(50)
+    offset, scale = torch.tensor([5.0, -3.0, 0.0, 100.0]), torch.tensor([0.1, 2.0, 1.0, 50.0])
+    standard = (state - state.mean(dim=0)) / state.std(dim=0, correction=0)
+    expected = policy(standard)
+    policy.fit_input(offset + scale * state)
+    for own, wanted in zip(policy(offset + scale * state), expected, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
+    policy.fit_input(torch.ones(5, 4))  # a constant input does no harm
+    assert policy(torch.ones(1, 4).double())[0].isfinite().all()
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
