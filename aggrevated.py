@@ -43,8 +43,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # Every random stream is a pure function of (seed, purpose, counters), so that evaluating more often
-# cannot disturb training and a resumed run needs no generator states.
-ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TEST = range(5)
+# cannot disturb training and a resumed run needs no generator states.  TUNING has test episodes that
+# were looked at while settings were chosen; reported scores use TEST.
+ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TUNING, TEST = range(6)
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
 
 
@@ -86,13 +87,13 @@ class Config:
     )
     n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
 
-    max_iteration: int = option(30, "N of Algorithm 1; 20 to 100", low=1)
+    max_iteration: int = option(40, "N of Algorithm 1; 20 to 100", low=1)
     alpha_decay_iterations: int = option(6, "iterations until alpha is 0; 3 to 20", low=1)
     K: int = option(10, "trajectories per iteration; 5 to 50", low=1)
     H: int = option(2000, "longest trajectory [steps]; the task's own limit is 2000", low=1)
     roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", low=0.0)
     max_experience_len: int = option(
-        100_000, "newest transitions that are trained on; 50k to 300k", low=1
+        200_000, "newest transitions that are trained on; 50k to 300k", low=1
     )
 
     hidden_dim: int = option(128, "units in each of the two hidden layers; 64 to 256", low=1)
@@ -105,7 +106,7 @@ class Config:
     lr: float = option(3e-3, "Adam's step size in iteration 1; 1e-3 to 1e-2", low=1e-12)
     final_lr: float = option(1e-4, "and in the last one, linear between; 0 to lr", low=0.0)
     batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
-    train_repeat: int = option(2, "passes over the data per iteration; 1 to 10", low=1)
+    train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
     gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
     gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", low=1.0)
     max_grad_norm: float = option(10.0, "bound on the gradient norm; 1 to 100", low=1e-12)
@@ -1060,7 +1061,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def fits(value, pattern) -> bool:
-    """Whether nested values have a pattern's keys, types and shapes, and their tensors are finite."""
+    """Whether nested values have a pattern's keys, types and shapes, and finite tensors."""
     if isinstance(pattern, dict):
         return (
             isinstance(value, dict)

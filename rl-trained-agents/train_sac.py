@@ -64,7 +64,7 @@ SETTINGS = {
         n_envs=32,
         sac=HARDCORE_SAC | dict(n_steps=3),
         phases=(
-            Phase(until=4_500_000, fall_reward=0.0, gradient_steps=2),
+            Phase(until=3_250_000, fall_reward=0.0, gradient_steps=2),
             Phase(until=8_000_000, learning_rate=2e-4, final_learning_rate=5e-5, gradient_steps=2),
         ),
     ),

@@ -132,3 +132,7 @@ def make_agent(small):
     yield make
     for agent in agents:
         agent.close()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds")

@@ -83,7 +83,7 @@ def endless_expert(kind, folder):
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "sparse"])
 def test_expert_without_end(kind, tmp_path):
-    status, _, err = parent().run(endless_expert, kind, tmp_path, timeout=15)
+    status, _, err = parent().run(endless_expert, kind, tmp_path, timeout=120)
     assert status == 2, err
     error_line(err)
 
@@ -394,7 +394,7 @@ def test_zip_bomb(kind, bomb, expert, tmp_path):
         bomb = bomb[:start] + 1000 * entry + bytes(tail)
     assert len(bomb) < 4_000_000
     expert.write_bytes(bomb)
-    status, _, err = parent().run(load_and_measure, expert, timeout=15)
+    status, _, err = parent().run(load_and_measure, expert, timeout=120)
     assert status == 2, err
     error_line(err)
 
@@ -514,7 +514,7 @@ def damaged(finished_run, tmp_path):
         for name in ("last.pt", "best.pt"):
             (run / name).write_bytes(raw)
         before, more = files(run), ["--max_iteration=4"] if mode == "--resume" else []
-        status, _, err = parent().run(run_main, [mode, str(run), *more], False, timeout=15)
+        status, _, err = parent().run(run_main, [mode, str(run), *more], False, timeout=120)
         if status:
             assert status == 2, err
             error_line(err)
