@@ -233,7 +233,7 @@ def iterations(config, n, keep) -> list:
 def measure_growth(config, size):
     """(f), (g) Memory of default iterations and of many, and how all grows with K and workers."""
     fresh = fresh_process(max_tasks_per_child=1)
-    *_, main, workers = fresh.submit(iterations, config, 7, True).result()[-1]
+    *_, main, workers = fresh.submit(iterations, config, 5, True).result()[-1]
     row("(f) peak memory, main process alone", main, "MiB")
     row(f"(f) peak memory, with {config.n_workers} workers", main + workers, "MiB")
     small = replace(config, K=4, H=50, max_experience_len=1000)
@@ -245,7 +245,7 @@ def measure_growth(config, size):
     cells = {}
     for K, n in size.growth_cells:
         c = replace(config, **size.growth, K=K, n_workers=n)
-        cell = fresh.submit(iterations, c, 1 + size.repeats, False).result()[1:]
+        cell = fresh.submit(iterations, c, size.repeats, False).result()[1:]
         rate, seconds, main, workers = (median(x) for x in zip(*cell))
         cells[K, n] = {"roll-in": rate, "iteration": seconds, "peak memory": main + workers}
         for (name, x), unit in zip(cells[K, n].items(), ("steps/s", "s", "MiB")):
