@@ -969,7 +969,7 @@ class AggreVateDAgent:
                 {k: state[k] for k in wanted} | dict(optimizer=state["optimizer"]["state"]), wanted
             )
             ok = ok and state["iteration"] >= -1 and not math.isnan(state["best_return"])
-        except (KeyError, TypeError, RuntimeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             ok = False
         if not ok:
             raise UserError("The checkpoint is damaged or not of this run; use its own.")
