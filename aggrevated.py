@@ -42,9 +42,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# Every random stream is a pure function of (seed, purpose, counters), so that evaluating more often
-# cannot disturb training and a resumed run needs no generator states.  TUNING has test episodes that
-# were looked at while settings were chosen; reported scores use TEST.
+# Every random stream is a pure function of (purpose, seed, counters), so that evaluating more often
+# cannot disturb training and a resumed run needs no generator states.  TUNING has test episodes
+# that were looked at while settings were chosen; reported scores use TEST.
 ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TUNING, TEST = range(6)
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
 
@@ -968,7 +968,8 @@ class AggreVateDAgent:
             ok = fits(
                 {k: state[k] for k in wanted} | dict(optimizer=state["optimizer"]["state"]), wanted
             )
-            ok = ok and state["iteration"] >= -1 and not math.isnan(state["best_return"])
+            ok = ok and -1 <= state["iteration"] < 2**31 and not math.isnan(state["best_return"])
+            ok = ok and all(state[k] >= 0 for k in ("env_steps", "seconds", "csv_bytes"))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             ok = False
         if not ok:
@@ -1174,7 +1175,7 @@ def interrupt(*_):
 
 def main(argv=None) -> int:
     """Run the command line; the exit status is 2 for bad input, 130 after an interruption."""
-    agent = None
+    agent = resume = None
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
@@ -1188,9 +1189,10 @@ def main(argv=None) -> int:
         print(f"score  python aggrevated.py --evaluate {agent.run_dir}")
         return 0
     except KeyboardInterrupt:
-        print("\nStopped.", end="\n" if agent is None else "  Go on with:  ")
-        if agent:
-            print(f"python aggrevated.py --resume {agent.run_dir}")
+        run_dir = agent.run_dir if agent else resume
+        print("\nStopped.", end="  Go on with:  " if run_dir else "\n")
+        if run_dir:
+            print(f"python aggrevated.py --resume {run_dir}")
         return 130
     except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         print(

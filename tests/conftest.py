@@ -132,7 +132,3 @@ def make_agent(small):
     yield make
     for agent in agents:
         agent.close()
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes seconds")

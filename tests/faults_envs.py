@@ -15,10 +15,12 @@ class Odd(gym.Env):
 
     metadata = {"render_modes": ["rgb_array", "human"]}
 
+    resets = 0
+
     def __init__(self, fault="", render_mode=None):
         if fault == "raises":
             raise ValueError("no such robot")
-        self.fault, self.render_mode, self.resets = fault, render_mode, 0
+        self.fault, self.render_mode = fault, render_mode
         self.dtype = np.float64 if fault.startswith("float64") else np.float32
         self.action_space = Box(np.float32([-2, 0]), np.float32([1, 3]))
         self.observation_space = Box(-np.inf, np.inf, (3,), self.dtype)
@@ -44,8 +46,8 @@ class Odd(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.t, self.x = 0, self.np_random.standard_normal(3)
-        self.resets += 1
-        if self.fault == "dies" and self.resets == 5 and current_process().name.endswith("-1"):
+        Odd.resets += 1  # of the process: every trajectory has an environment of its own
+        if self.fault == "dies" and Odd.resets == 5 and current_process().name.endswith("-1"):
             os.kill(os.getpid(), signal.SIGKILL)  # only the first worker
         if self.fault == "slow" and "FAULTS_SIGN" in os.environ:
             open(f"{os.environ['FAULTS_SIGN']}/{os.getpid()}", "w").close()

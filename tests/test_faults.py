@@ -29,6 +29,8 @@ from faults_common import (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.faults
+
 def loads(raw: bytes, path, env_name=PLAIN) -> bool:
     """Whether bytes load as an expert; anything but that and UserError is a failure."""
     path.write_bytes(raw)

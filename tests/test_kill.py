@@ -20,6 +20,8 @@ from faults_common import (
     only_run, options, parent, run_main, sac_bytes, scalars, wait_for,
 )  # fmt: skip
 
+pytestmark = pytest.mark.faults
+
 HOOKED = {
     aggrevated: ["make_run_dir", "banner"],
     aggrevated.AggreVateDAgent: [
