@@ -744,7 +744,8 @@ class AggreVateDAgent:
         """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
         c, losses, norms = self.config, [], []
         for group in self.optimizer.param_groups:
-            group["lr"] = c.lr + (c.final_lr - c.lr) * (iteration - 1) / max(c.max_iteration - 1, 1)
+            share = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
+            group["lr"] = c.lr + (c.final_lr - c.lr) * share
         state, (target, weight) = self.experience["state"], self.weigh(iteration)
         generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
         for _ in range(c.train_repeat):
