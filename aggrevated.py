@@ -28,6 +28,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -68,7 +69,10 @@ class Config:
     env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id; bounded Box actions")
     expert_path: str = option(
         "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip",
-        "SAC zip of any Stable-Baselines3 version",
+        "SAC zip of any Stable-Baselines3 version; several, with commas between, become one expert",
+    )
+    combine: str = option(
+        "mean", "how several experts' Q* become one; max is MAMBA's", choices=("mean", "min", "max")
     )
     algorithm: str = option(
         "aggrevated",
@@ -79,6 +83,12 @@ class Config:
         "gap",
         "aggrevated's update: by gap_weights, the paper's score function, pathwise, or Q* min-max",
         choices=("gap", "score", "pathwise", "minmax"),
+    )
+    optimizer: str = option(
+        "adam", "or the paper's natural gradient: a step per pass", choices=("adam", "natural")
+    )
+    init_path: str = option(
+        "", "checkpoint whose policy to start from, as Algorithm 1 allows; none: start at random"
     )
     seed: int = option(0, "of everything random", low=0)
     device: str = option("auto", "of the update: cpu, cuda, or auto; the roll-in is on the CPU")
@@ -105,11 +115,17 @@ class Config:
 
     lr: float = option(3e-3, "Adam's step size in iteration 1; 1e-3 to 1e-2", low=1e-12)
     final_lr: float = option(1e-4, "and in the last one, linear between; 0 to lr", low=0.0)
+    update_sz: int = option(
+        200_000, "transitions drawn from the experience for an iteration's update", low=1
+    )
     batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
     train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
     gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
     gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", low=1.0)
     max_grad_norm: float = option(10.0, "bound on the gradient norm; 1 to 100", low=1e-12)
+    kl_step: float = option(0.01, "natural: KL between old and new policy [nats]", low=1e-12)
+    cg_damping: float = option(0.1, "natural: added to the Fisher matrix's diagonal", low=0.0)
+    cg_iterations: int = option(10, "natural: conjugate gradient steps; 5 to 20", low=1)
     gamma: float = option(0.99, "discount that Q* must have been trained with", 0.0, 1.0)
 
     eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
@@ -345,14 +361,62 @@ class SACExpert(nn.Module):
         return action if torch.is_tensor(obs) else action.cpu().numpy()
 
     def q_star(self, obs, action):
-        """Q*(s, a) (N, 1): the smallest critic, as SAC's own target takes it."""
-        q = self.critics(obs, action).min(dim=1, keepdim=True).values
+        """Q*(s, a) (N, 1)."""
+        q = self.combine(self.critics(obs, action))
         return q if torch.is_tensor(obs) else q.cpu().numpy()
+
+    @staticmethod
+    def combine(values):
+        """One Q* of the critics' (N, n_critics): the smallest, as SAC's own target takes it."""
+        return values.amin(dim=1, keepdim=True)
 
     def critics(self, obs, action):
         """Each critic's value (N, n_critics); SB3 trains them on actions scaled to [-1, 1]."""
         scaled = 2.0 * (self._tensor(action) - self.low) / (self.high - self.low) - 1.0
         return torch.cat(self.policy.critic(self._tensor(obs), scaled), dim=1)
+
+
+class Council(nn.Module):
+    """Several experts as one: combined Q*, and of their actions the one it values most.
+
+    With `max` this is MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
+    """
+
+    def __init__(self, members: list[SACExpert], how: str):
+        super().__init__()
+        self.members, self.how = nn.ModuleList(members), how
+        self.gamma = members[0].gamma
+        if any(m.gamma != self.gamma for m in members):
+            raise UserError("The experts' Q* have different discounts; choose some of one gamma.")
+
+    @torch.no_grad()
+    def predict(self, obs):
+        """The chosen expert's deterministic actions (N, action_dim), in the environment's units."""
+        state = self.members[0]._tensor(obs)
+        actions = torch.stack([m.predict(state) for m in self.members])  # (M, N, action_dim)
+        best = torch.stack([self.q_star(state, a) for a in actions]).argmax(dim=0)  # (N, 1)
+        action = actions[best[:, 0], torch.arange(len(state), device=state.device)]
+        return action if torch.is_tensor(obs) else action.cpu().numpy()
+
+    def critics(self, obs, action):
+        """Each expert's own Q* (N, M)."""
+        state, action = (self.members[0]._tensor(x) for x in (obs, action))
+        return torch.cat([m.q_star(state, action) for m in self.members], dim=1)
+
+    def combine(self, values):
+        """One Q* (N, 1) of the experts' (N, M): their mean, smallest or largest."""
+        return {"mean": torch.mean, "min": torch.amin, "max": torch.amax}[self.how](
+            values, dim=1, keepdim=True
+        )
+
+    q_star = SACExpert.q_star
+
+
+def load_expert(config, env: gym.Env, device="cpu") -> SACExpert | Council:
+    """The expert that `expert_path` names, or the council of several; UserError as SACExpert."""
+    spaces = env.observation_space, env.action_space
+    members = [SACExpert(path, *spaces, device) for path in config.expert_path.split(",")]
+    return members[0] if len(members) == 1 else Council(members, config.combine)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,7 +515,7 @@ class Simulator:
         self.env_name, self.n_envs = config.env_name, n_envs
         env = make_env(config.env_name)
         self.policy = make_policy(config, env)
-        self.expert = SACExpert(config.expert_path, env.observation_space, env.action_space)
+        self.expert = load_expert(config, env)
         env.close()
 
     @torch.inference_mode()
@@ -589,6 +653,32 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not to be had here ({reason}); use cpu.") from None
 
 
+def flatten(tensors) -> torch.Tensor:
+    """All elements in one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def conjugate_gradient(product, b, iterations: int) -> torch.Tensor:
+    """An approximate x with product(x) = b, for a symmetric positive definite `product`."""
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, square = residual.clone(), residual @ residual
+    for _ in range(iterations):
+        if square < 1e-20:
+            break
+        image = product(direction)
+        length = square / (direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        square, before = residual @ residual, square
+        direction = residual + square / before * direction
+    return x
+
+
+def mean_kl(old, new) -> torch.Tensor:
+    """Mean KL(old || new) of Gaussians given as (mean, std), (N, action_dim) each; tanh keeps it."""
+    old, new = (torch.distributions.Normal(*x, validate_args=False) for x in (old, new))
+    return torch.distributions.kl_divergence(old, new).sum(dim=1).mean()
+
+
 def standardise(x):
     """Mean 0 and standard deviation 1 over the batch."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
@@ -623,9 +713,7 @@ class AggreVateDAgent:
         env = make_env(config.env_name)
         self.horizon = env.spec.max_episode_steps or config.H  # of an evaluation [steps]
         self.policy = make_policy(config, env).to(self.device)
-        self.expert = SACExpert(
-            config.expert_path, env.observation_space, env.action_space, self.device
-        )
+        self.expert = load_expert(config, env, self.device)
         env.close()
         if self.expert.gamma not in (None, config.gamma):
             raise UserError(
@@ -688,7 +776,7 @@ class AggreVateDAgent:
             raise FloatingPointError(
                 "Q* is NaN or infinite on a visited state; the expert is broken."
             )
-        q_expert = values.min(dim=1, keepdim=True).values
+        q_expert = self.expert.combine(values)
         new = dict(state=state, expert_action=expert_action, q_expert=q_expert)
         if self.method in ("minmax", "frozen"):
             new |= dict(action=action, q_action=self.get_q_star(state, action))
@@ -709,21 +797,22 @@ class AggreVateDAgent:
         """The seed's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
         return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
 
-    def _noise(self, *stream: int) -> torch.Tensor:
-        """Standard-normal noise (N, action_dim), a row for every transition in the experience."""
-        shape, rng = self.experience["expert_action"].shape, np.random.default_rng(stream)
+    def _noise(self, n: int, *stream: int) -> torch.Tensor:
+        """Standard-normal noise (n, action_dim)."""
+        shape, rng = (n, len(self.policy.scale)), np.random.default_rng(stream)
         return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(self.device)
 
     @torch.no_grad()
-    def weigh(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to make likelier in every state of the experience, and its weight (N, 1)."""
-        e, c = self.experience, self.config
+    def weigh(self, e: dict, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to make likelier in the states of the transitions `e`, and its weight (N, 1)."""
+        c = self.config
         if self.method == "minmax":
             return e["action"], self.normalize_q_star(e["q_action"])
         if self.method == "returns":
             return e["action"], standardise(e["q_action"])
         if self.method == "score":  # A*(s, a) = Q*(s, a) - Q*(s, a_expert) of a sample of pi
-            action, _ = self.policy.sample(e["state"], self._noise(SAMPLE, c.seed, iteration))
+            noise = self._noise(len(e["state"]), SAMPLE, c.seed, iteration)
+            action, _ = self.policy.sample(e["state"], noise)
             return action, standardise(self.get_q_star(e["state"], action) - e["q_expert"])
         if self.method == "gap":
             q_learner = self.get_q_star(e["state"], in_chunks(self.policy.predict, e["state"]))
@@ -741,46 +830,87 @@ class AggreVateDAgent:
         return -(weight * log_prob).mean()  # (N, 1) * (N, 1)
 
     def update(self, iteration: int) -> dict[str, float]:
-        """`train_repeat` shuffled passes of weighted log-likelihood over the experience."""
-        c, losses, norms = self.config, [], []
+        """`train_repeat` shuffled passes over `update_sz` transitions drawn from the experience."""
+        c, history = self.config, []  # of losses and gradient norms
         for group in self.optimizer.param_groups:
             share = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
             group["lr"] = c.lr + (c.final_lr - c.lr) * share
-        state, (target, weight) = self.experience["state"], self.weigh(iteration)
         generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
+        shuffle = partial(torch.randperm, generator=generator)
+        drawn = shuffle(len(self.experience["state"]))[: c.update_sz].to(self.device)
+        e = {name: tensor[drawn] for name, tensor in self.experience.items()}
+        data = e["state"], *self.weigh(e, iteration)
         for _ in range(c.train_repeat):
-            order = torch.randperm(len(state), generator=generator).to(self.device)
-            for batch in zip(*(x[order].split(c.batch_sz) for x in (state, target, weight))):
-                loss = self.loss(*batch)
-                self.optimizer.zero_grad()
-                loss.backward()
-                # a NaN raises here, before it can reach the weights
-                norms.append(self._clip_gradient())
-                self.optimizer.step()
-                losses.append(loss.detach())
+            if c.optimizer == "natural":
+                history.append(self.natural_step(*data))
+                continue
+            order = shuffle(len(drawn)).to(self.device)
+            for batch in zip(*(x[order].split(c.batch_sz) for x in data)):
+                history.append(self.adam_step(*batch))
         if not all(p.isfinite().all() for p in self.policy.parameters()):
             raise FloatingPointError("The weights became NaN or infinite; lower --lr.")
-        return {
-            "train/loss": torch.stack(losses).mean().item(),
-            "train/grad_norm": torch.stack(norms).mean().item(),
-        }
+        loss, norm = (torch.stack(x).mean().item() for x in zip(*history))
+        return {"train/loss": loss, "train/grad_norm": norm}
 
-    def _clip_gradient(self) -> torch.Tensor:
-        try:
-            return nn.utils.clip_grad_norm_(
+    def adam_step(self, state, target, weight) -> tuple[torch.Tensor, torch.Tensor]:
+        """One minibatch; returns the loss and the gradient's norm before it was clipped."""
+        loss = self.loss(state, target, weight)
+        self.optimizer.zero_grad()
+        loss.backward()
+        try:  # a NaN raises here, before it can reach the weights
+            norm = nn.utils.clip_grad_norm_(
                 self.policy.parameters(), self.config.max_grad_norm, error_if_nonfinite=True
             )
         except RuntimeError:
             raise FloatingPointError(
                 "The gradient is NaN or infinite; lower --lr or raise --log_std_min."
             ) from None
+        self.optimizer.step()
+        return loss.detach(), norm
+
+    def fisher_product(self, state):
+        """v -> (I(theta) + damping) v; I is the Hessian of the KL divergence at theta itself."""
+        parameters = list(self.policy.parameters())
+        new = self.policy(state)
+        kl = mean_kl([x.detach() for x in new], new)
+        slope = flatten(torch.autograd.grad(kl, parameters, create_graph=True))
+
+        def product(v):
+            curvature = torch.autograd.grad(slope @ v, parameters, retain_graph=True)
+            return flatten(curvature) + self.config.cg_damping * v
+
+        return product
+
+    def natural_step(self, state, target, weight) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step along -I(theta)^-1 gradient to a KL of kl_step, halved until the loss falls.
+
+        The paper's second procedure (its section 5.2); returns the loss and the gradient's norm.
+        """
+        c, parameters = self.config, list(self.policy.parameters())
+        loss = self.loss(state, target, weight)
+        gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        if not gradient.isfinite().all():
+            raise FloatingPointError("The gradient is NaN or infinite; raise --log_std_min.")
+        product = self.fisher_product(state)
+        step = conjugate_gradient(product, -gradient, c.cg_iterations)
+        with torch.no_grad():
+            old, start = self.policy(state), flatten(parameters)
+        step *= (2 * c.kl_step / (step @ product(step)).clamp(min=1e-12)).sqrt()
+        with torch.no_grad():
+            for halving in range(11):  # the last one is no step at all
+                share = 0.5**halving if halving < 10 else 0.0
+                nn.utils.vector_to_parameters(start + share * step, parameters)
+                kl = mean_kl(old, self.policy(state))
+                if kl <= 1.5 * c.kl_step and self.loss(state, target, weight) < loss:
+                    break
+        return loss.detach(), gradient.norm()
 
     @torch.no_grad()
     def diagnose(self, n_new: int) -> dict[str, float]:
         """What the learner is like on the newest `n_new` states."""
         state, q_expert = (self.experience[k][-n_new:] for k in ("state", "q_expert"))
         mean, std = self.policy(state)
-        _, log_prob = self.policy.sample(state, self._noise(SAMPLE, 0)[-n_new:])
+        _, log_prob = self.policy.sample(state, self._noise(n_new, SAMPLE, 0))
         gap = q_expert - self.get_q_star(state, self.policy.squash(mean))
         return {
             "train/entropy": -log_prob.mean().item(),
@@ -828,7 +958,7 @@ class AggreVateDAgent:
         self.env_steps += n_new
         rolled_in = time.perf_counter()
         scalars |= self.label(trajectories)
-        if n == 1:
+        if n == 1 and not self.config.init_path:
             self.policy.fit_input(self.experience["state"])
         scalars |= self.update(n) | self.diagnose(n_new)
         return scalars | {
@@ -962,7 +1092,8 @@ class AggreVateDAgent:
                     k: torch.empty(size[0], 1 if k[:2] == "q_" else size[1]) for k in names
                 }
                 experience["state"] = torch.empty(size[0], self.policy.fc1.in_features)
-                for i, p in enumerate(self.policy.parameters()):
+                adam = self.config.optimizer == "adam"
+                for i, p in enumerate(self.policy.parameters() if adam else ()):
                     p = p.detach().cpu()
                     moments[i] = dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
             wanted |= dict(optimizer=moments, experience=experience)
@@ -971,6 +1102,8 @@ class AggreVateDAgent:
             )
             ok = ok and -1 <= state["iteration"] < 2**31 and not math.isnan(state["best_return"])
             ok = ok and all(state[k] >= 0 for k in ("env_steps", "seconds", "csv_bytes"))
+            moments = state["optimizer"]["state"].values()
+            ok = ok and all(m["exp_avg_sq"].min() >= 0 and m["step"] >= 0 for m in moments)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             ok = False
         if not ok:
@@ -1137,6 +1270,8 @@ def start(resume: Path | None, overrides: dict) -> AggreVateDAgent:
     if resume is None:
         config = Config(**overrides).check()
         agent = AggreVateDAgent(config)
+        if config.init_path:
+            agent.load_policy(load_checkpoint(Path(config.init_path)))
         agent.run_dir = make_run_dir(config)
         try:
             agent.save("last.pt")

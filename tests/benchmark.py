@@ -107,8 +107,8 @@ def measure_update(agent, size, device, batch_sz):
     ours, where = ag.AggreVateDAgent(c), f"sample and pass, batch {batch_sz}, {device}"
     ours.policy.load_state_dict(agent.policy.state_dict())
     ours.experience = {k: v[:20_000].to(device) for k, v in agent.experience.items()}
-    state, fixed, weigh, net = ours.experience["state"], ours.weigh(1), ours.weigh, ours.policy
-    ours.weigh = lambda _: fixed
+    state, fixed, weigh, net = ours.experience["state"], ours.weigh(ours.experience, 1), ours.weigh, ours.policy
+    ours.weigh = lambda *_: fixed
     p = [x.detach().clone().requires_grad_() for x in net.parameters()]
     optimizer, spread = torch.optim.Adam(p, c.lr, fused=True), c.log_std_max - c.log_std_min
 
@@ -132,7 +132,7 @@ def measure_update(agent, size, device, batch_sz):
     difference = max((a - b).abs().max() for a, b in zip(p, net.parameters()))
     assert difference < 1e-2, f"the bare loop learns something else, by {difference:.1e}"
     tasks = {f"(c) bare loop, {where}": bare, f"(c) update, {where}": partial(ours.update, 1)}
-    tasks[f"(c) weights, sample, {device}"] = lambda: weigh(1)[1].cpu()
+    tasks[f"(c) weights, sample, {device}"] = lambda: weigh(ours.experience, 1)[1].cpu()
     compare("us", tasks, 2 * size.repeats + 1, lambda s: 1e6 * s / len(state))
 
 

@@ -54,10 +54,10 @@ class Tiny(gym.Env):
 gym.register("Tiny-v0", Tiny, max_episode_steps=5)
 
 
-def make_sac(path, env_id="Pendulum-v1", steps=0, use_sde=False, **policy_kwargs) -> Path:
+def make_sac(path, env_id="Pendulum-v1", steps=0, use_sde=False, seed=0, **policy_kwargs) -> Path:
     """The zip of an SB3 SAC agent, hardly trained."""
     model = SAC(
-        "MlpPolicy", env_id, seed=0, device="cpu", learning_starts=100, buffer_size=1000,
+        "MlpPolicy", env_id, seed=seed, device="cpu", learning_starts=100, buffer_size=1000,
         use_sde=use_sde, policy_kwargs=dict(net_arch=[16, 16]) | policy_kwargs,
     )  # fmt: skip
     if steps:

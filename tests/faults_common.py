@@ -43,7 +43,8 @@ def sac_bytes(env_id=PLAIN, kind="SAC", steps=0, **policy_kwargs) -> bytes:
     if kind == "PPO":
         arguments = dict(n_steps=8, batch_size=8)
     model = getattr(stable_baselines3, kind)(
-        "MlpPolicy", env_id, seed=0, device="cpu", policy_kwargs=dict(net_arch=[16, 16]) | policy_kwargs,
+        "MlpPolicy", env_id, seed=0, device="cpu", policy_kwargs=dict(net_arch=[16,
+        16]) | policy_kwargs,
         **arguments,
     )  # fmt: skip
     if steps:
@@ -260,6 +261,7 @@ def serve():
     import importlib
 
     torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports most of torch, in 1.5 s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for line in sys.stdin.buffer:
         module, name, args, folder, signal_after, timeout = pickle.loads(base64.b64decode(line))
@@ -332,9 +334,7 @@ def finished_run(tmp_path_factory):
     """A run of 3 iterations that ended well, with its expert beside it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "expert.zip").write_bytes(sac_bytes())
-    status, _, err = parent().run(
-        run_main, options(folder / "logs", folder / "expert.zip"), False
-    )
+    status, _, err = parent().run(run_main, options(folder / "logs", folder / "expert.zip"), False)
     assert status == 0, err
     return only_run(folder / "logs")
 

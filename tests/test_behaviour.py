@@ -201,7 +201,7 @@ def test_newest_transitions_are_kept(labelled):
 def test_gap_weighs_the_expert_action_against_the_learners_mean(labelled):
     agent = labelled(gap_factor=2.0)
     state = agent.experience["state"]
-    target, weight = agent.weigh(1)
+    target, weight = agent.weigh(agent.experience, 1)
     with torch.no_grad():
         q_learner = agent.expert.q_star(state, agent.policy.predict(state))
     assert torch.equal(target, agent.experience["expert_action"])
@@ -211,14 +211,14 @@ def test_gap_weighs_the_expert_action_against_the_learners_mean(labelled):
 
 def test_dagger_weighs_all_the_same(labelled):
     agent = labelled(algorithm="dagger")
-    target, weight = agent.weigh(1)
+    target, weight = agent.weigh(agent.experience, 1)
     assert torch.equal(target, agent.experience["expert_action"])
     assert torch.equal(weight, torch.ones(80, 1))
 
 
 def test_minmax_weighs_what_was_executed_from_0_to_1(labelled):
     agent = labelled(weighting="minmax")
-    target, weight = agent.weigh(1)
+    target, weight = agent.weigh(agent.experience, 1)
     assert torch.equal(target, agent.experience["action"])
     assert not torch.equal(target, agent.experience["expert_action"])
     assert weight.shape == (80, 1) and weight.min() == 0 and weight.max().item() == pytest.approx(1)
@@ -272,7 +272,8 @@ def test_updates_move_the_mean_to_the_expert_action(labelled, changes):
 @pytest.mark.parametrize(
     "changes",
     [dict(algorithm=a) for a in ("bc", "dagger", "aggrevate", "reinforce")]
-    + [dict(weighting=w) for w in ("gap", "score", "pathwise", "minmax")],
+    + [dict(weighting=w) for w in ("gap", "score", "pathwise", "minmax")]
+    + [dict(optimizer="natural", weighting=w) for w in ("gap", "score", "pathwise")],
     ids=lambda changes: "".join(changes.values()),
 )
 def test_every_method_trains(make_agent, changes):
@@ -287,6 +288,35 @@ def test_every_method_trains(make_agent, changes):
         "score", "pathwise", "minmax",
     )  # fmt: skip
     assert len(agent.experience["state"]) == (80 if own else 160)
+
+
+def test_update_draws_some_of_the_experience_each_time_others(labelled, monkeypatch):
+    agent, drawn = labelled(update_sz=30), []
+    weigh = agent.weigh
+    monkeypatch.setattr(agent, "weigh", lambda e, n: drawn.append(e["state"]) or weigh(e, n))
+    agent.update(1), agent.update(2)
+    kept = {tuple(s) for s in agent.experience["state"].tolist()}
+    first, second = ({tuple(s) for s in e.tolist()} for e in drawn)
+    assert len(first) == len(second) == 30 and first | second <= kept and first != second
+
+
+def test_natural_gradient_takes_one_step_a_pass(labelled, monkeypatch):
+    agent, sizes = labelled(optimizer="natural", train_repeat=4), []
+    step = agent.natural_step
+    monkeypatch.setattr(agent, "natural_step", lambda *x: sizes.append(len(x[0])) or step(*x))
+    before = distance(agent)
+    agent.update(1)
+    assert sizes == [80] * 4 and distance(agent) < before
+
+
+def test_several_experts_are_one(make_agent, small, tmp_path):
+    other = make_sac(tmp_path / "other.zip", seed=1)
+    paths = f"{small()['expert_path']},{other}"
+    agent = make_agent(expert_path=paths, combine="max")
+    assert math.isfinite(agent.iterate(1)["train/q_gap"])
+    e = agent.experience
+    each = torch.cat([m.q_star(e["state"], e["expert_action"]) for m in agent.expert.members], 1)
+    torch.testing.assert_close(e["q_expert"], each.amax(1, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
 def test_pathwise_updates_raise_q_of_the_learner(labelled):

@@ -74,7 +74,7 @@ def load(tmp_path_factory):
 PLACES = 2**16
 
 
-@cases(500)
+@cases(300)
 @given(damage(PLACES))
 def test_bytes_of_the_zip(load, changes):
     load(apply(changes, sac_bytes()))
@@ -89,7 +89,7 @@ def test_directory_of_the_zip(load, changes):
     load(raw[:start] + apply(changes, raw[start:]))
 
 
-@cases(300)
+@cases(200)
 @given(damage(PLACES))
 def test_bytes_of_data(load, changes):
     """With the checksum of the damaged bytes: the zip is sound."""
@@ -113,8 +113,10 @@ JSON = st.recursive(
 )
 
 
-@cases(200)
-@given(st.dictionaries(st.sampled_from(["gamma", "policy_kwargs", "use_sde", "policy_class"]), JSON))
+@cases(100)
+@given(
+    st.dictionaries(st.sampled_from(["gamma", "policy_kwargs", "use_sde", "policy_class"]), JSON)
+)
 def test_values_of_data(load, changes):
     members = unpack(sac_bytes())
     data = json.loads(members["data"]) | changes
@@ -133,12 +135,13 @@ VALUES = st.one_of(
 NAMES = [
     "actor.mu.weight", "actor.mu.bias", "actor.latent_pi.0.weight", "actor.latent_pi.2.bias",
     "actor.log_std.bias", "critic.qf0.0.weight", "critic.qf0.4.weight", "critic.qf1.2.weight",
-    "critic_target.qf0.0.weight", "actor.latent_pi.4.weight", "critic.qf0.6.weight", "critic.qf2.0.bias",
+    "critic_target.qf0.0.weight", "actor.latent_pi.4.weight", "critic.qf0.6.weight",
+    "critic.qf2.0.bias",
     "actor.mu.0.weight", "critic.qf0.x.weight", "", "critic.qf0",
 ]  # fmt: skip
 
 
-@cases(200)
+@cases(150)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=2))
 def test_values_of_the_weights(load, changes):
     members = unpack(sac_bytes())
@@ -176,7 +179,7 @@ def test_bytes_of_a_checkpoint(resume, changes):
     resume(apply(changes, resume.good))
 
 
-@cases(300)
+@cases(250)
 @given(damage(PLACES))
 def test_pickle_of_a_checkpoint(resume, changes):
     pickled = next(v for k, v in unpack(resume.good).items() if k.endswith("data.pkl"))
@@ -185,14 +188,15 @@ def test_pickle_of_a_checkpoint(resume, changes):
 
 PATHS = [
     ("config",), ("config", "lr"), ("config", "K"), ("config", "env_name"), ("config", "weighting"),
-    ("policy",), ("policy", "fc1.weight"), ("policy", "scale"), ("optimizer",), ("optimizer", "state"),
+    ("policy",), ("policy", "fc1.weight"), ("policy", "scale"), ("optimizer",), ("optimizer",
+    "state"),
     ("optimizer", "state", 0), ("optimizer", "state", 0, "exp_avg"), ("optimizer", "param_groups"),
     ("experience",), ("experience", "state"), ("experience", "q_expert"), ("iteration",),
     ("env_steps",), ("seconds",), ("best_return",), ("expert_return",), ("csv_bytes",), ("new",),
 ]  # fmt: skip
 
 
-@cases(300)
+@cases(200)
 @given(st.sampled_from(PATHS), VALUES)
 def test_values_of_a_checkpoint(resume, keys, value):
     state = torch.load(io.BytesIO(resume.good), weights_only=True)
@@ -206,16 +210,22 @@ def test_values_of_a_checkpoint(resume, keys, value):
 # -- options -----------------------------------------------------------------------------------
 FIELDS = [f"--{f}" for f in Config.__dataclass_fields__]
 NUMBERS = st.one_of(
-    st.integers(), st.integers(-2, 3), st.floats(), st.sampled_from(["1e400", "-0", "0x1", "1_0", "٣", "９"])
+    st.integers(),
+    st.integers(-2, 3),
+    st.floats(),
+    st.sampled_from(["1e400", "-0", "0x1", "1_0", "٣", "９"]),
 ).map(str)
 WORDS = st.one_of(
     NUMBERS, st.text(max_size=8),
-    st.sampled_from(["", "-", "--", "-h=", "--no-render", "gap", "auto", "%s", "{}", "\udcff", "@x", "=", "\n"]),
+    st.sampled_from(["", "-", "--", "-h=", "--no-render", "gap", "auto", "%s", "{}", "\udcff", "@x",
+    "=", "\n"]),
 )  # fmt: skip
 ARGUMENTS = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(FIELDS), WORDS).map(lambda x: [f"{x[0]}={x[1]}"]),
-        st.tuples(st.sampled_from([*FIELDS, "--resume", "--evaluate", "--nonsense"]), WORDS).map(list),
+        st.tuples(st.sampled_from([*FIELDS, "--resume", "--evaluate", "--nonsense"]), WORDS).map(
+            list
+        ),
         st.sampled_from(FIELDS).map(lambda x: [x[:-1]]),
         WORDS.map(lambda x: [x]),
     ),
@@ -223,7 +233,7 @@ ARGUMENTS = st.lists(
 ).map(lambda parts: [x for part in parts for x in part])
 
 
-@cases(800)
+@cases(500)
 @given(ARGUMENTS)
 def test_command_lines(arguments):
     try:
@@ -240,7 +250,7 @@ def test_command_lines(arguments):
             assert type(value) is Config.__dataclass_fields__[name].type
 
 
-@cases(400)
+@cases(200)
 @given(st.dictionaries(st.sampled_from([f[2:] for f in FIELDS]), JSON, max_size=3))
 def test_values_of_a_config(values):
     """As they come from a checkpoint."""

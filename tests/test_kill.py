@@ -25,7 +25,8 @@ pytestmark = pytest.mark.faults
 HOOKED = {
     aggrevated: ["make_run_dir", "banner"],
     aggrevated.AggreVateDAgent: [
-        "collect", "label", "update", "diagnose", "validate", "_write_csv", "save", "restore", "train",
+        "collect", "label", "update", "diagnose", "validate", "_write_csv", "save", "restore",
+        "train",
     ],
     aggrevated.Simulator: ["__init__", "run"],
     aggrevated.SummaryWriter: ["__init__", "add_scalar", "flush"],
@@ -114,8 +115,9 @@ def stop_at(plan, argv, journal=None):
 
 def small(log_dir, expert, max_iteration, **changes):
     return options(
-        log_dir, expert, "Pendulum-v1", max_iteration=max_iteration, eval_episodes=1, **changes
-    )
+        log_dir, expert, "Pendulum-v1", max_iteration=max_iteration, eval_episodes=1, batch_sz=64,
+        **changes,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 import base64
+import itertools
 import json
 import pickle
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import cloudpickle
 import gymnasium as gym
@@ -14,7 +16,10 @@ from stable_baselines3 import SAC
 from torch import nn
 from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
 
-from aggrevated import PolicyNetwork, SACExpert
+from aggrevated import (
+    AggreVateDAgent, Council, PolicyNetwork, SACExpert, UserError, conjugate_gradient, flatten,
+    mean_kl,
+)  # fmt: skip
 
 BOXES = {
     "one": gym.spaces.Box(-1, 1, (2,)),
@@ -276,3 +281,95 @@ def test_zip_of_2021_loads_and_nothing_is_unpickled(expert_zip, tmp_path, monkey
         SAC.load(old, device="cpu")
     assert_agrees(SACExpert(old, *SPACES), model)
     assert "gym" not in sys.modules
+
+
+# -- several experts -------------------------------------------------------------------------------
+def council(tmp_path, how):
+    experts = [
+        SACExpert(make_sac(tmp_path / f"{i}.zip", seed=i), *SPACES)
+        for i in range(3)
+    ]  # fmt: skip
+    return experts, Council(experts, how)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "max"])
+def test_council_takes_the_action_its_combined_q_star_values_most(tmp_path, how):
+    experts, together = council(tmp_path, how)
+    obs = observations(50)
+    chosen, value = together.predict(obs), together.q_star(obs, together.predict(obs))
+    reduce = dict(mean=np.mean, min=np.min, max=np.max)[how]
+    of_each = []
+    for member in experts:
+        action = member.predict(obs)
+        q = reduce([e.q_star(obs, action) for e in experts], axis=0)
+        np.testing.assert_allclose(together.q_star(obs, action), q, rtol=1e-5, atol=1e-6)
+        of_each.append(q)
+    best = np.argmax(of_each, axis=0)[:, 0]
+    assert len(set(best)) > 1  # or the choice would not be seen
+    np.testing.assert_allclose(value, np.max(of_each, axis=0), rtol=1e-5, atol=1e-6)
+    own = np.stack([e.predict(obs) for e in experts])
+    np.testing.assert_allclose(chosen, own[best, np.arange(50)], rtol=1e-6)
+
+
+def test_council_of_one_discount(tmp_path):
+    experts, _ = council(tmp_path, "mean")
+    experts[1].gamma = 0.5
+    with pytest.raises(UserError, match="discount"):
+        Council(experts, "mean")
+
+
+# -- the natural gradient --------------------------------------------------------------------------
+def test_conjugate_gradient_solves():
+    torch.manual_seed(0)
+    half, b = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    matrix = half @ half.T + 0.1 * torch.eye(12)
+    x = conjugate_gradient(lambda v: matrix @ v, b, 30)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
+    assert not conjugate_gradient(lambda v: matrix @ v, 0 * b, 30).any()
+
+
+def explicit_fisher(policy, state):
+    """E_a[grad log pi grad log pi^T] by Gauss-Hermite quadrature over u, averaged over states."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    weights = torch.from_numpy(weights / weights.sum())
+    parameters, total = list(policy.parameters()), 0
+    for s in state[:, None]:
+        for i, j in itertools.product(range(8), repeat=2):
+            mean, std = policy(s)
+            u = mean + std * torch.tensor([nodes[i], nodes[j]])
+            log_prob = policy._log_prob(u.detach(), mean, std)
+            g = flatten(torch.autograd.grad(log_prob.sum(), parameters))
+            total = total + weights[i] * weights[j] * torch.outer(g, g)
+    return total / len(state)
+
+
+def test_fisher_product_is_that_of_the_explicit_matrix():
+    torch.manual_seed(0)
+    policy, state = PolicyNetwork(4, BOXES["one"], 3).double(), states(5)
+    agent = SimpleNamespace(policy=policy, config=SimpleNamespace(cg_damping=0.1))
+    product = AggreVateDAgent.fisher_product(agent, state)
+    fisher = explicit_fisher(policy, state)
+    assert torch.linalg.matrix_rank(fisher) > 10
+    for _ in range(3):
+        v = torch.randn(len(fisher), dtype=torch.float64)
+        torch.testing.assert_close(product(v), fisher @ v + 0.1 * v, rtol=1e-6, atol=1e-9)
+
+
+def test_natural_step_goes_as_far_as_it_may():
+    torch.manual_seed(0)
+    policy, state = PolicyNetwork(4, BOXES["one"], 8).double(), states(200)
+    config = SimpleNamespace(cg_damping=1e-3, cg_iterations=20, kl_step=0.01)
+    agent = SimpleNamespace(policy=policy, config=config)
+    agent.fisher_product = lambda s: AggreVateDAgent.fisher_product(agent, s)
+    agent.loss = lambda s, a, w: -(w * policy.get_log_prob(s, a)).mean()
+    target, weight = 0.5 * torch.tanh(states(200)[:, :2]), torch.ones(200, 1).double()
+    with torch.no_grad():
+        old = policy(state)
+    before, norm = AggreVateDAgent.natural_step(agent, state, target, weight)
+    with torch.no_grad():
+        kl, after = mean_kl(old, policy(state)), agent.loss(state, target, weight)
+    assert 0.005 < kl < 0.015 and after < before and norm > 0
+    start, first = flatten(policy.parameters()).clone(), iter([agent.loss])
+    agent.loss = lambda *batch: next(first, lambda *_: torch.tensor(1e9))(*batch)
+    AggreVateDAgent.natural_step(agent, state, target, weight)  # no step lowers this loss
+    torch.testing.assert_close(flatten(policy.parameters()), start, rtol=0, atol=0)

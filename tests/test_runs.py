@@ -200,6 +200,26 @@ def test_training_changes_the_learner(finished):
     assert changed == {k for k in fresh if k.endswith(("weight", "bias", "_mean", "_std"))}
 
 
+def test_start_from_another_runs_policy(finished, run_small, run_main, small, tmp_path):
+    best = finished[1] / "best.pt"
+    run = run_small("start", init_path=best, max_iteration=1, alpha_decay_iterations=1)
+    start, end = checkpoint(best), checkpoint(run / "last.pt")
+    for name in ("state_mean", "state_std"):  # goes with the weights, is not fitted anew
+        assert torch.equal(start["policy"][name], end["policy"][name])
+    rows = [r for r in evaluations(run) if r["policy"] == "learner" and r["iteration"] == "0"]
+    assert np.mean([float(r["return"]) for r in rows]) == pytest.approx(start["best_return"])
+    wrong = run_main(**small(log_dir=tmp_path / "wrong", init_path=best, hidden_dim=8))
+    assert wrong.status == 2 and "do not fit" in wrong.err and not (tmp_path / "wrong").exists()
+
+
+def test_natural_gradient_resumes_to_the_same_weights(run_small, run_main):
+    whole = run_small("whole", optimizer="natural")
+    half = run_small("half", optimizer="natural", max_iteration=1)
+    assert run_main("--resume", half, max_iteration=2).status == 0
+    a, b = checkpoint(whole / "last.pt"), checkpoint(half / "last.pt")
+    assert a["iteration"] == b["iteration"] == 2 and equal(a["policy"], b["policy"])
+
+
 def test_no_run_overwrites_another(small, tmp_path):
     config = Config(**small(log_dir=str(tmp_path)))
     first, second = aggrevated.make_run_dir(config), aggrevated.make_run_dir(config)
