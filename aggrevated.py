@@ -577,7 +577,7 @@ class Workers:
 
     def __init__(self, config: Config):
         self.n = min(config.n_workers, config.K)
-        n_envs = math.ceil(config.K / self.n)
+        n_envs = max(math.ceil(config.K / self.n), 25)  # evaluations have more jobs than K
         self.local = Simulator(config, n_envs) if self.n == 1 else None
         self.processes, self.connections = [], []
         if self.local:

@@ -15,8 +15,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import gymnasium
 import matplotlib
 import numpy as np
+import stable_baselines3
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -54,19 +58,50 @@ def summary(returns: np.ndarray) -> dict:
     )
 
 
+def play_after_a_learner(zip_path: Path, env_name: str, n: int) -> list[aggrevated.Trajectory]:
+    """Episodes of the expert from states that a half-trained learner got itself into.
+
+    The learner has had 5 iterations of the defaults; it acts for up to 500 steps, a quarter of the
+    longest episode at most, and the expert from there on.
+    """
+    config = aggrevated.Config(env_name=env_name, expert_path=str(zip_path), n_workers=1).check()
+    agent = aggrevated.AggreVateDAgent(config)
+    agent.workers = aggrevated.Workers(config)
+    for i in range(1, 6):
+        agent.iterate(i)
+    rng, simulator, result = np.random.default_rng(SCORE), agent.workers.local, []
+    simulator.policy.load_state_dict(agent.policy.state_dict())
+    for i in range(n):
+        job = aggrevated.Job((SCORE, i), 0.0, 0.0, agent.horizon)
+        t = aggrevated.Trajectory(job, aggrevated.make_env(env_name))
+        switch = rng.integers(min(500, agent.horizon // 4))
+        t.by_expert = np.arange(agent.horizon) >= switch
+        with torch.inference_mode():
+            while not t.step(simulator._act([t])[0]):
+                pass
+        t.finish()
+        if len(t) > switch:  # else the learner fell first
+            t.start = switch
+            result.append(t)
+    return result
+
+
 def audit(
     zip_path: Path, env_name: str, episodes: list[aggrevated.Trajectory], gamma: float
 ) -> dict:
-    """Q*(s, a_expert) against the discounted return that then came; no steps near a time-out."""
+    """Q*(s, a_expert) against the discounted return that then came, but not near a time-out."""
     env = aggrevated.make_env(env_name)
     expert = aggrevated.SACExpert(zip_path, env.observation_space, env.action_space)
     q_all, g_all, before_fall = [], [], []
     for t in episodes:
         q = expert.q_star(t.states, t.actions)[:, 0]
-        g = aggrevated.returns_to_go(t.rewards, gamma)
-        cut = len(t) if t.terminated else max(len(t) - 500, len(t) // 4)  # gamma^500 < 1 %
-        q_all.append(q[:cut])
-        g_all.append(g[:cut])
+        rewards, cut = t.rewards.copy(), len(t)
+        if not t.terminated:  # what a time-out cuts off is taken from Q*, and weighs little
+            rewards[-1], cut = q[-1], max(len(t) - 500, len(t) // 4)
+        g = aggrevated.returns_to_go(rewards, gamma)
+        start = getattr(t, "start", 0)
+        q_all.append(q[start:cut])
+        g_all.append(g[start:cut])
         if t.terminated and t.rewards[-1] <= -100:
             before_fall.append((q[-5:].mean(), g[-5:].mean()))
     q, g = np.concatenate(q_all), np.concatenate(g_all)
@@ -84,13 +119,13 @@ def audit(
     return result
 
 
-def choose(run_dir: Path, env_name: str, target: float | None, n_candidates=5):
+def choose(run_dir: Path, env_name: str, target: float | None, after: int, n_candidates=5):
     """The checkpoint that 100 validation episodes like best, and what each candidate got."""
     log = np.load(run_dir / "evaluations.npz")
     means, steps = log["results"].mean(axis=1), log["timesteps"]
     order = np.argsort(-means if target is None else np.abs(means - target))
     candidates = {}
-    for i in order[:n_candidates]:
+    for i in [i for i in order if steps[i] > after][:n_candidates]:
         path = run_dir / "checkpoints" / f"sac_{steps[i]}_steps.zip"
         if path.exists():
             returns = [t.episode_return for t in play(path, env_name, 100, SELECT)]
@@ -115,6 +150,17 @@ def draw_curve(run_dir: Path, folder: Path) -> None:
     plt.close(figure)
 
 
+def wall_minutes(run_dir: Path, steps: int) -> float:
+    """Minutes of training up to `steps`, breaks left out, from the TensorBoard events."""
+    minutes = 0.0
+    for path in run_dir.glob("events.*"):
+        log = EventAccumulator(str(path)).Reload()
+        if "rollout/ep_rew_mean" in log.Tags()["scalars"]:
+            times = [x.wall_time for x in log.Scalars("rollout/ep_rew_mean") if x.step <= steps]
+            minutes += (times[-1] - times[0]) / 60 if times else 0.0
+    return minutes
+
+
 def strip(model: SAC, env_name: str) -> SAC:
     """The agent without optimiser state, replay buffer and training's leftovers."""
     net_arch = model.policy_kwargs["net_arch"]
@@ -134,12 +180,12 @@ def reward_known(settings: dict, steps: int) -> str:
     return f"trained with {phase['fall_reward']:g} instead of -100 for a fall: a fall only ends"
 
 
-def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes: int) -> None:
+def publish(run_dir, env_name: str, n: int, target: float | None, after: int, episodes: int):
     """Choose, strip, score and audit; write sac/{env}_{n}/."""
     folder = HERE / "sac" / f"{env_name}_{n}"
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads((run_dir / "settings.json").read_text())
-    checkpoint, candidates = choose(run_dir, env_name, target)
+    checkpoint, candidates = choose(run_dir, env_name, target, after)
     model = SAC.load(checkpoint, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
     zip_path = folder / f"{env_name}.zip"
     strip(model, env_name).save(zip_path)
@@ -157,6 +203,11 @@ def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes
         reward=reward_known(settings, model.num_timesteps),
         score=summary(returns),
         q_audit=audit(zip_path, env_name, played, model.gamma),
+        q_audit_learner=audit(
+            zip_path, env_name, play_after_a_learner(zip_path, env_name, 100), model.gamma
+        ),
+        wall_minutes=wall_minutes(run_dir, model.num_timesteps),
+        versions={m.__name__: m.__version__ for m in (stable_baselines3, torch, gymnasium, np)},
         settings=settings,
         sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
     )
@@ -172,18 +223,27 @@ def publish(run_dir: Path, env_name: str, n: int, target: float | None, episodes
     )
 
 
+def audited(q: dict) -> str:
+    """An audit in a sentence."""
+    text = (
+        f"bias {q['bias']:+.2f} on a mean return of {q['mean_return']:.2f}, correlation "
+        f"{q['correlation']:.2f} ({q['steps']:,} steps)"
+    )
+    if q["falls"]:
+        text += (
+            f"; in the last 5 steps before {q['falls']} falls Q\\* was {q['q_before_fall']:.1f} "
+            f"and the return {q['return_before_fall']:.1f}"
+        )
+    return text
+
+
 def write_cards() -> None:
     """README.md: a card for every agent in sac/, from its score.json."""
     parts = [INTRODUCTION]
     for path in sorted((HERE / "sac").glob("*/score.json")):
         card, name = json.loads(path.read_text()), path.parent.name
         s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
-        falls = "no test episode ended in a fall"
-        if q["falls"]:
-            falls = (
-                f"in the last 5 steps before {q['falls']} falls Q\\* was {q['q_before_fall']:.1f} "
-                f"and the return {q['return_before_fall']:.1f}"
-            )
+        q_learner = card["q_audit_learner"]
         parts.append(
             f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
             f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
@@ -191,13 +251,15 @@ def write_cards() -> None:
             f"at 300 or more; mean action; each return is in `returns.csv`.\n"
             f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
             f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
-            f"{card['env_steps']:,} environment steps and {card['updates']:,} updates.\n"
+            f"{card['env_steps']:,} environment steps, {card['updates']:,} updates and "
+            f"{card['wall_minutes']:.0f} minutes on one core, beside other work; "
+            + ", ".join(f"{k} {v}" for k, v in card["versions"].items())
+            + ".\n"
             f"- **Chosen** on 100 validation episodes among: "
             + ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
             + f".\n- **Critics**: gamma {card['gamma']}, {card['reward']}.\n"
-            f"- **Q\\* against the return that came** ({q['steps']:,} steps of those episodes): bias "
-            f"{q['bias']:+.2f} on a mean return of {q['mean_return']:.2f}, correlation "
-            f"{q['correlation']:.2f}; {falls}.\n"
+            f"- **Q\\* against the return that came**: in those episodes {audited(q)}. From states "
+            f"of a half-trained learner: {audited(q_learner)}.\n"
             f"- **sha256** `{card['sha256']}`\n"
         )
     (HERE / "README.md").write_text("\n".join(parts))
@@ -216,10 +278,11 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="a run folder of train_sac.py")
     parser.add_argument("--n", type=int, required=True, help="the agent's number in sac/")
     parser.add_argument("--target", type=float, help="the return to come near to, not the best")
+    parser.add_argument("--after", type=int, default=0, help="only checkpoints after these steps")
     parser.add_argument("--episodes", type=int, default=500, help="test episodes")
     args = parser.parse_args()
     env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
-    publish(args.run_dir, env_name, args.n, args.target, args.episodes)
+    publish(args.run_dir, env_name, args.n, args.target, args.after, args.episodes)
     write_cards()
 
 

@@ -2,11 +2,13 @@
 
     python logs/reference/draw.py
 
+A run is a folder ROW_sSEED of study.py; EXPERT_n/test.csv has the same episodes played by expert n.
 Needs matplotlib, which Stable-Baselines3 brings along.
 """
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +18,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+EXPERTS = HERE.parents[1] / "rl-trained-agents" / "sac"
+NAMES = {
+    "aggrevated": "AggreVaTeD (default)",
+    "aggrevate": "AggreVaTe",
+    "dagger": "DAgger",
+    "bc": "behaviour cloning",
+    "minmax": "min-max Q\\*",
+    "reinforce": "REINFORCE, no expert",
+    "natural": "natural gradient, gap weights",
+    "start_score": "score function, from a cloned start",
+    "start_natural": "score function, natural gradient, from a cloned start",
+    "start_pathwise": "pathwise, from a cloned start",
+    "start_gap": "gap weights, from a cloned start",
+    "experts": "AggreVaTeD, several experts",
+}
 
 
 def read(path: Path, columns: tuple[str, ...]) -> dict[tuple, list[float]]:
@@ -27,70 +44,130 @@ def read(path: Path, columns: tuple[str, ...]) -> dict[tuple, list[float]]:
     return groups
 
 
+def rows() -> dict[str, list[Path]]:
+    """The scored runs of every row, by seed."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(HERE.glob("*_s*/test.csv")):
+        found.setdefault(path.parent.name.rsplit("_s", 1)[0], []).append(path.parent)
+    return found
+
+
+def expert_returns() -> dict[str, np.ndarray]:
+    """Test returns by expert number."""
+    paths = HERE.glob("expert_*/test.csv")
+    return {p.parent.name[7:]: np.array(read(p, ("policy",))[("expert",)]) for p in paths}
+
+
 def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=10_000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean difference of (seeds, episodes), over both."""
     rng, difference = np.random.default_rng(0), learner - expert
     seeds, episodes = difference.shape
-    s = rng.integers(seeds, size=(draws, seeds))
-    e = rng.integers(episodes, size=(draws, episodes))
-    means = np.array([difference[np.ix_(i, j)].mean() for i, j in zip(s, e)])
+    # how often each episode, and each seed, is drawn: means are then products
+    e = rng.multinomial(episodes, np.full(episodes, 1 / episodes), size=draws) / episodes
+    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    means = np.einsum("ds,se,de->d", s, difference, e, optimize=True)
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
-def table(runs: list[Path]) -> str:
-    """The README's table: test episodes of each run's best and last policy beside the expert."""
+def best_expert(run: Path, experts: dict) -> str:
+    """The number of the run's expert, of the best one if it has several."""
+    path = json.loads((run / "config.json").read_text())["expert_path"]
+    return max(re.findall(r"v3_(\d+)/", path), key=lambda n: experts[n].mean())
+
+
+def cost(run: Path) -> tuple[float, float]:
+    """Environment steps and minutes of training of a run."""
+    with open(run / "evaluations.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return float(last["env_steps"]), float(last["seconds"]) / 60
+
+
+def table() -> str:
+    """The README's table: test episodes of each row's best and last policies beside the expert."""
+    experts, found = expert_returns(), rows()
     lines = [
-        "| policy | seeds | episodes each | mean ± std | ≥ 300 | difference to expert, 95 % CI |",
-        "|---|---|---|---|---|---|",
+        "| policy | seeds × episodes | best on validation: mean ± std | ≥ 300 "
+        "| minus expert (95 % CI) | last iterate | steps | min |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    tests = [read(run / "test.csv", ("policy",)) for run in runs]
-    expert = np.array([t[("expert",)] for t in tests])
-    for who in ("expert", "best", "last"):
-        x = np.array([t[(who,)] for t in tests])
-        low, high = paired_interval(x, expert)
-        gap = "" if who == "expert" else f"{(x - expert).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    for n, expert in sorted(experts.items()):
         lines.append(
-            f"| {who if who == 'expert' else 'learner, ' + who} | {len(runs)} | {x.shape[1]} "
-            f"| {x.mean():.1f} ± {x.std():.1f} | {(x >= 300).mean():.1%} | {gap} |"
+            f"| **expert {n}** | 1 × {len(expert)} | {expert.mean():.1f} ± {expert.std():.1f} "
+            f"| {(expert >= 300).mean():.1%} | | | | |"
         )
+        mine = {row: runs for row, runs in found.items() if best_expert(runs[0], experts) == n}
+        scored = {}
+        for row, runs in mine.items():
+            tests = [read(run / "test.csv", ("policy",)) for run in runs]
+            best, last = (np.array([t[(who,)] for t in tests]) for who in ("best", "last"))
+            low, high = paired_interval(best, expert[: best.shape[1]])
+            steps, minutes = np.mean([cost(run) for run in runs], axis=0)
+            name = NAMES.get(row.removeprefix("sub_"), row.removeprefix("sub_"))
+            scored[best.mean(), row] = (
+                f"| {name} | {len(runs)} × {best.shape[1]} | {best.mean():.1f} ± {best.std():.1f} "
+                f"| {(best >= 300).mean():.1%} "
+                f"| {(best - expert[: best.shape[1]]).mean():+.1f} ({low:+.1f} to {high:+.1f}) "
+                f"| {last.mean():.1f} | {steps / 1000:.0f}k | {minutes:.1f} |"
+            )
+        lines += [scored[k] for k in sorted(scored, reverse=True)]
     return "\n".join(lines)
 
 
-def draw_curves(runs: list[Path]) -> None:
-    """Validation returns over environment steps, a line per seed, and the expert's."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean environment steps (evaluations,) and validation means (seeds, evaluations)."""
+    steps, means = [], []
     for run in runs:
         groups = read(run / "evaluations.csv", ("policy", "env_steps"))
-        steps = [int(k[1]) for k in groups if k[0] == "learner"]
-        means = [np.mean(v) for k, v in groups.items() if k[0] == "learner"]
-        errors = [np.std(v) / len(v) ** 0.5 for k, v in groups.items() if k[0] == "learner"]
-        seed = json.loads((run / "config.json").read_text())["seed"]
-        axes.errorbar(steps, means, errors, marker="o", markersize=3, label=f"learner, seed {seed}")
-    expert = np.mean([v for k, v in groups.items() if k[0] == "expert"])
-    axes.axhline(expert, color="black", linestyle="--", label="expert")
-    axes.set(xlabel="environment steps", ylabel="validation return, mean action")
-    axes.legend()
-    figure.savefig(HERE / "learning_curve.png", dpi=110)
+        steps.append([int(k[1]) for k in groups if k[0] == "learner"])
+        means.append([np.mean(v) for k, v in groups.items() if k[0] == "learner"])
+    return np.mean(steps, axis=0), np.array(means)
 
 
-def draw_histogram(runs: list[Path]) -> None:
-    """Returns of the test episodes, best learner against expert."""
-    tests = [read(run / "test.csv", ("policy",)) for run in runs]
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    for who, label in (("expert", "expert"), ("best", "learner")):
-        returns = np.concatenate([t[(who,)] for t in tests])
-        weights = np.full(len(returns), 1 / len(returns))
-        axes.hist(returns, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
+def draw_curves(name: str, prefix: str, n: str) -> None:
+    """Validation returns over environment steps, the band from the worst to the best seed."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for row, runs in rows().items():
+        if row.startswith("sub_") != bool(prefix) or row.removeprefix(prefix) not in NAMES:
+            continue
+        steps, means = curve(runs)
+        label = NAMES[row.removeprefix(prefix)].replace("\\", "")
+        (line,) = axes.plot(
+            steps[1:], means.mean(axis=0)[1:], label=f"{label} ({len(runs)})", linewidth=1.5
+        )
+        axes.fill_between(
+            steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
+        )
+    log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
+    axes.plot(log["timesteps"], log["results"].mean(axis=1), color="gray", label="SAC from scratch")
+    expert = expert_returns()[n].mean()
+    axes.axhline(expert, color="black", linestyle="--", label=f"expert {n}, test episodes")
+    axes.set(xscale="log", xlabel="environment steps", ylabel="return, mean action")
+    axes.set_xlim(5e3, None)
+    axes.legend(fontsize=8, title="(seeds)", title_fontsize=8)
+    figure.savefig(HERE / name, dpi=110)
+    plt.close(figure)
+
+
+def draw_histogram() -> None:
+    """Returns of the test episodes, best learners against the expert."""
+    learners = [read(run / "test.csv", ("policy",))[("best",)] for run in rows()["aggrevated"]]
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    both = {"expert 1": expert_returns()["1"], "learner": np.concatenate(learners)}
+    for label, x in both.items():
+        weights = np.full(len(x), 1 / len(x))
+        axes.hist(x, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
     axes.set(xlabel="return of a test episode", ylabel="share")
     axes.legend()
     figure.savefig(HERE / "returns.png", dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
-    runs = sorted(p.parent for p in HERE.glob("default_s*/test.csv"))
-    print(table(runs))
-    draw_curves(runs)
-    draw_histogram(runs)
+    print(table())
+    draw_curves("learning_curve.png", "", "1")
+    if "2" in expert_returns():
+        draw_curves("learning_curve_2.png", "sub_", "2")
+    draw_histogram()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Run rows of the study seed by seed, each with the defaults but for what ROWS says, and score them.
+
+    python logs/reference/study.py aggrevated dagger --seeds 0 1 2 --experts 1
+
+A run lands in logs/reference/ROW_sSEED with its config, evaluations, events and best.pt; test.csv
+has the returns on fresh test episodes, the same terrains for every row.  What is there already is
+not done again.  One process uses one core.
+"""
+
+import argparse
+import csv
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import aggrevated  # noqa: E402
+
+SAC = "rl-trained-agents/sac/BipedalWalkerHardcore-v3_{}/BipedalWalkerHardcore-v3.zip"
+CLONED = dict(init_path="logs/reference/bc_s{seed}/best.pt", alpha_decay_iterations=1)
+FAMILY = {
+    "aggrevated": {},
+    "dagger": dict(algorithm="dagger"),
+    "bc": dict(algorithm="bc"),
+    "aggrevate": dict(algorithm="aggrevate"),
+    "minmax": dict(weighting="minmax"),
+    "reinforce": dict(algorithm="reinforce"),
+    "natural": dict(optimizer="natural", train_repeat=5, update_sz=10_000),
+    "start_gap": CLONED,
+    "start_score": CLONED | dict(weighting="score", lr=3e-4),
+    "start_pathwise": CLONED | dict(weighting="pathwise", lr=1e-4),
+    "start_natural": CLONED
+    | dict(weighting="score", optimizer="natural", train_repeat=5, update_sz=10_000),
+}
+ABLATIONS = {
+    "factor_1": dict(gap_factor=1.0),
+    "factor_10": dict(gap_factor=10.0),
+    "cut_100": dict(gap_cut=100.0),
+    "noise_0": dict(roll_in_noise=0.0),
+    "K_20": dict(K=20, max_iteration=15, alpha_decay_iterations=3),
+    "slow_alpha": dict(alpha_decay_iterations=15),
+    "half_data": dict(max_experience_len=50_000),
+    "one_pass": dict(train_repeat=1),
+}
+ROWS = FAMILY | ABLATIONS
+ROWS |= {f"sub_{row}": dict(expert_path=SAC.format(2)) | o for row, o in FAMILY.items()}
+
+
+def play(config, who: str, episodes: int, weights=None) -> list[tuple]:
+    """(return, length) of test episodes of "learner" or "expert"."""
+    agent = aggrevated.AggreVateDAgent(replace(config, n_workers=1, init_path=""))
+    if weights is not None:
+        agent.policy.load_state_dict(weights)
+    agent.workers = aggrevated.Workers(agent.config)
+    played = agent.evaluate(who, episodes, aggrevated.TEST)
+    return [(t.episode_return, len(t)) for t in played]
+
+
+def write(path: Path, rows) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("policy", "episode", "return", "length"), *rows])
+
+
+def score(run: Path, episodes: int) -> None:
+    """Write run/test.csv for the best and the last policy; the expert's is beside the runs."""
+    rows = []
+    states = {w: aggrevated.load_checkpoint(run / f"{w}.pt") for w in ("best", "last")}
+    for who, state in states.items():
+        if who == "last" and state["iteration"] == states["best"]["iteration"]:
+            played = [row[2:] for row in rows]  # the same policy
+        else:
+            played = play(state["config"], "learner", episodes, state["policy"])
+        rows += [(who, i, *x) for i, x in enumerate(played)]
+    write(run / "test.csv", rows)
+
+
+def score_expert(n: str, episodes: int) -> None:
+    """Write expert_n/test.csv: the same episodes, played by the expert itself."""
+    folder = HERE / f"expert_{n}"
+    if not folder.exists():
+        config = aggrevated.Config(expert_path=SAC.format(n)).check()
+        played = play(config, "expert", episodes)
+        folder.mkdir()
+        write(folder / "test.csv", [("expert", i, *x) for i, x in enumerate(played)])
+
+
+def strip(path: Path) -> None:
+    """Leave a checkpoint what evaluating needs: no data, no optimiser."""
+    state = aggrevated.torch.load(path, weights_only=True)
+    aggrevated.torch.save({k: state[k] for k in state if k not in ("experience", "optimizer")}, path)
+
+
+def train(row: str, seed: int, folder: Path) -> None:
+    """One run into `folder`, by the command that a user would give."""
+    options = ROWS[row] | dict(seed=seed, n_workers=1)
+    if "init_path" in options:
+        options["init_path"] = options["init_path"].format(seed=seed)
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as log_dir:
+        if aggrevated.main([f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]):
+            sys.exit(f"{row}, seed {seed} stopped")
+        (run,) = Path(log_dir).iterdir()
+        strip(run / "last.pt")
+        (run / "final.gif").unlink(missing_ok=True)
+        shutil.move(run, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", help="of: " + ", ".join(ROWS))
+    parser.add_argument("--experts", nargs="*", default=[], help="numbers of experts to score")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--episodes", type=int, default=500)
+    args = parser.parse_args()
+    for n in args.experts:
+        score_expert(n, args.episodes)
+    for seed in args.seeds:
+        for row in args.rows:
+            folder = HERE / f"{row}_s{seed}"
+            if not folder.exists():
+                train(row, seed, folder)
+            if not (folder / "test.csv").exists():
+                score(folder, args.episodes)
+                print(f"{folder.name} scored", flush=True)
+
+
+if __name__ == "__main__":
+    main()
