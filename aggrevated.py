@@ -910,7 +910,7 @@ class AggreVateDAgent:
         """What the learner is like on the newest `n_new` states."""
         state, q_expert = (self.experience[k][-n_new:] for k in ("state", "q_expert"))
         mean, std = self.policy(state)
-        _, log_prob = self.policy.sample(state, self._noise(n_new, SAMPLE, 0))
+        _, log_prob = self.policy.sample(state, self._noise(len(state), SAMPLE, 0))
         gap = q_expert - self.get_q_star(state, self.policy.squash(mean))
         return {
             "train/entropy": -log_prob.mean().item(),

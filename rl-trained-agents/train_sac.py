@@ -74,9 +74,7 @@ SETTINGS = {
         sac=dict(gamma=0.99, buffer_size=300_000, learning_starts=5_000, n_steps=3),
         phases=(
             Phase(until=200_000, fall_reward=0.0, learning_rate=7e-4, gradient_steps=2),
-            Phase(
-                until=350_000, learning_rate=5e-4, final_learning_rate=5e-5, gradient_steps=2
-            ),
+            Phase(until=350_000, learning_rate=5e-4, final_learning_rate=5e-5, gradient_steps=2),
         ),
         eval_every=50_000,
     ),

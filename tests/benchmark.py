@@ -107,7 +107,12 @@ def measure_update(agent, size, device, batch_sz):
     ours, where = ag.AggreVateDAgent(c), f"sample and pass, batch {batch_sz}, {device}"
     ours.policy.load_state_dict(agent.policy.state_dict())
     ours.experience = {k: v[:20_000].to(device) for k, v in agent.experience.items()}
-    state, fixed, weigh, net = ours.experience["state"], ours.weigh(ours.experience, 1), ours.weigh, ours.policy
+    state, fixed, weigh, net = (
+        ours.experience["state"],
+        ours.weigh(ours.experience, 1),
+        ours.weigh,
+        ours.policy,
+    )
     ours.weigh = lambda *_: fixed
     p = [x.detach().clone().requires_grad_() for x in net.parameters()]
     optimizer, spread = torch.optim.Adam(p, c.lr, fused=True), c.log_std_max - c.log_std_min

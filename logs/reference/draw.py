@@ -58,7 +58,7 @@ def expert_returns() -> dict[str, np.ndarray]:
     return {p.parent.name[7:]: np.array(read(p, ("policy",))[("expert",)]) for p in paths}
 
 
-def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=10_000) -> tuple[float, float]:
+def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=4000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean difference of (seeds, episodes), over both."""
     rng, difference = np.random.default_rng(0), learner - expert
     seeds, episodes = difference.shape

@@ -91,7 +91,9 @@ def score_expert(n: str, episodes: int) -> None:
 def strip(path: Path) -> None:
     """Leave a checkpoint what evaluating needs: no data, no optimiser."""
     state = aggrevated.torch.load(path, weights_only=True)
-    aggrevated.torch.save({k: state[k] for k in state if k not in ("experience", "optimizer")}, path)
+    aggrevated.torch.save(
+        {k: state[k] for k in state if k not in ("experience", "optimizer")}, path
+    )
 
 
 def train(row: str, seed: int, folder: Path) -> None:
