@@ -97,13 +97,13 @@ class Config:
     )
     n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
 
-    max_iteration: int = option(40, "N of Algorithm 1; 20 to 100", low=1)
-    alpha_decay_iterations: int = option(6, "iterations until alpha is 0; 3 to 20", low=1)
-    K: int = option(10, "trajectories per iteration; 5 to 50", low=1)
+    max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", low=1)
+    alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 20", low=1)
+    K: int = option(20, "trajectories per iteration; 5 to 50", low=1)
     H: int = option(2000, "longest trajectory [steps]; the task's own limit is 2000", low=1)
     roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", low=0.0)
     max_experience_len: int = option(
-        200_000, "newest transitions that are trained on; 50k to 300k", low=1
+        300_000, "newest transitions that are kept to train on; 50k to 1M", low=1
     )
 
     hidden_dim: int = option(128, "units in each of the two hidden layers; 64 to 256", low=1)
@@ -113,13 +113,13 @@ class Config:
         0.99, "expert actions are cut to this share of the range: atanh(1) is infinite", 0.5, 1.0
     )
 
-    lr: float = option(3e-3, "Adam's step size in iteration 1; 1e-3 to 1e-2", low=1e-12)
+    lr: float = option(8e-3, "Adam's step size in iteration 1; 1e-3 to 1e-2", low=1e-12)
     final_lr: float = option(1e-4, "and in the last one, linear between; 0 to lr", low=0.0)
     update_sz: int = option(
-        200_000, "transitions drawn from the experience for an iteration's update", low=1
+        100_000, "transitions drawn from them for an iteration's update; 30k to all", low=1
     )
-    batch_sz: int = option(256, "transitions per minibatch; 128 to 512", low=1)
-    train_repeat: int = option(3, "passes over the data per iteration; 1 to 10", low=1)
+    batch_sz: int = option(512, "transitions per minibatch; 128 to 1024", low=1)
+    train_repeat: int = option(2, "passes over the drawn transitions; 1 to 10", low=1)
     gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", low=0.0)
     gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", low=1.0)
     max_grad_norm: float = option(10.0, "bound on the gradient norm; 1 to 100", low=1e-12)
@@ -128,7 +128,7 @@ class Config:
     cg_iterations: int = option(10, "natural: conjugate gradient steps; 5 to 20", low=1)
     gamma: float = option(0.99, "discount that Q* must have been trained with", 0.0, 1.0)
 
-    eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
+    eval_every: int = option(3, "iterations between evaluations; training does not notice", low=1)
     eval_episodes: int = option(50, "episodes per evaluation; 20 to 500", low=1)
     log_dir: str = option("logs", "parent of the run folders")
     render: bool = option(False, "show the last episode in a window, not only as final.gif")

@@ -2,10 +2,10 @@
 
     python rl-trained-agents/publish.py rl-trained-agents/runs/BipedalWalkerHardcore-v3_s0 --n 1
 
-The candidates are the checkpoints with the best evaluations while training (or, with `--target`,
-those nearest to a return); 100 validation episodes choose among them, and other, fresh episodes
-give the score.  Both use the mean action in the untouched environment.  `score.json` beside the
-zip holds the numbers and what they were measured on.
+The candidates are the checkpoints with the best evaluations while training and averages of the last
+ones' weights (or, with `--target`, the checkpoints nearest to a return); 100 validation episodes
+choose among them, and other, fresh episodes give the score.  All use the mean action in the
+untouched environment.  `score.json` beside the zip holds the numbers and what they were measured on.
 """
 
 import argparse
@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 SELECT = 100  # a stream of episodes that neither training, validation nor the scores use
+AVERAGES = (2, 3, 4, 6)  # of the last so many checkpoints' weights
 SCORE = aggrevated.TUNING  # fresh for an expert: only learners were ever tuned on it
 
 
@@ -119,14 +120,32 @@ def audit(
     return result
 
 
+def average(paths: list[Path], result: Path) -> Path:
+    """Save the agent whose weights, actor's and critics', are the mean of several checkpoints'."""
+    models = [load(path) for path in paths]
+    states = [m.policy.state_dict() for m in models]
+    mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
+    models[-1].policy.load_state_dict(mean)
+    models[-1].save(result)
+    return result
+
+
+def load(path: Path) -> SAC:
+    return SAC.load(path, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
+
+
 def choose(run_dir: Path, env_name: str, target: float | None, after: int, n_candidates=5):
     """The checkpoint that 100 validation episodes like best, and what each candidate got."""
     log = np.load(run_dir / "evaluations.npz")
     means, steps = log["results"].mean(axis=1), log["timesteps"]
     order = np.argsort(-means if target is None else np.abs(means - target))
-    candidates = {}
-    for i in [i for i in order if steps[i] > after][:n_candidates]:
-        path = run_dir / "checkpoints" / f"sac_{steps[i]}_steps.zip"
+    folder, candidates = run_dir / "checkpoints", {}
+    paths = [folder / f"sac_{steps[i]}_steps.zip" for i in order if steps[i] > after]
+    paths = paths[:n_candidates]
+    if target is None:
+        last = [folder / f"sac_{x}_steps.zip" for x in steps]
+        paths += [average(last[-n:], folder / f"average_of_last_{n}.zip") for n in AVERAGES]
+    for path in paths:
         if path.exists():
             returns = [t.episode_return for t in play(path, env_name, 100, SELECT)]
             candidates[path] = float(np.mean(returns))
@@ -186,7 +205,7 @@ def publish(run_dir, env_name: str, n: int, target: float | None, after: int, ep
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads((run_dir / "settings.json").read_text())
     checkpoint, candidates = choose(run_dir, env_name, target, after)
-    model = SAC.load(checkpoint, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
+    model = load(checkpoint)
     zip_path = folder / f"{env_name}.zip"
     strip(model, env_name).save(zip_path)
     played = play(zip_path, env_name, episodes, SCORE)

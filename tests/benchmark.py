@@ -283,7 +283,9 @@ def main():
     agent.workers = pools[2]
     agent.iterate(1)
     agent.config = config
-    for device, batch_sz in product(["cpu", "cuda"][: 1 + torch.cuda.is_available()], (128, 256)):
+    for device, batch_sz in product(
+        ["cpu", "cuda"][: 1 + torch.cuda.is_available()], (128, 256, 512)
+    ):
         measure_update(agent, size, device, batch_sz)
     measure_roll_in(agent, pools, processes, size)  # leaves the agent with pools[2]
     with tempfile.TemporaryDirectory() as folder:

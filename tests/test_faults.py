@@ -27,8 +27,6 @@ from faults_common import (
     parent, run_main, sac_bytes, spaces, torch_bytes, unpack, with_pickle, with_state,
 )  # fmt: skip
 
-pytestmark = pytest.mark.faults
-
 
 def loads(raw: bytes, path, env_name=PLAIN) -> bool:
     """Whether bytes load as an expert; anything but that and UserError is a failure."""

@@ -14,8 +14,6 @@ from aggrevated import AggreVateDAgent, Config, SACExpert, UserError
 from faults_common import *  # noqa: F403  (fixtures too)
 from faults_common import pack, sac_bytes, spaces, torch_bytes, unpack, with_pickle
 
-pytestmark = pytest.mark.faults
-
 SCALE = 1  # times as many cases
 
 

@@ -20,8 +20,6 @@ from faults_common import (
     only_run, options, parent, run_main, sac_bytes, scalars, wait_for,
 )  # fmt: skip
 
-pytestmark = pytest.mark.faults
-
 HOOKED = {
     aggrevated: ["make_run_dir", "banner"],
     aggrevated.AggreVateDAgent: [
@@ -146,7 +144,7 @@ def check_equal_runs(a, b):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_never_stopped(pendulum, tmp_path):
     """25 kills, in turn at events, in a checkpoint, in the table and at any time."""
-    status, _, err = parent().run(run_main, small(tmp_path / "a", pendulum, 100), False)
+    status, _, err = parent().run(run_main, small(tmp_path / "a", pendulum, 60), False)
     assert status == 0, err
     whole, rng, journal = only_run(tmp_path / "a"), random.Random(0), tmp_path / "journal"
     plans = [("event", 60, signal.SIGKILL, 0)]
@@ -157,7 +155,7 @@ def test_killed_and_resumed_equals_never_stopped(pendulum, tmp_path):
             ("table", 1, signal.SIGKILL, rng.random()),
             ("time", rng.uniform(0.02, 0.15), signal.SIGKILL, 0),
         ]
-    arguments, begun, half_saves, half_tables = small(tmp_path / "b", pendulum, 100), [0], 0, 0
+    arguments, begun, half_saves, half_tables = small(tmp_path / "b", pendulum, 60), [0], 0, 0
     for plan in plans:
         after = plan[1:3] if plan[0] == "time" else None
         status, _, err = parent().run(stop_at, plan, arguments, journal, signal_after=after)
@@ -236,7 +234,7 @@ def test_interrupted_and_resumed_equals_never_stopped(number, pendulum, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("event", range(1, 16))
+@pytest.mark.parametrize("event", range(1, 16, 2))
 def test_interrupted_while_it_starts(event, number, expert, tmp_path):
     """What it says can be resumed can be."""
     arguments = options(tmp_path / "logs", expert)

@@ -29,7 +29,7 @@ FAMILY = {
     "aggrevate": dict(algorithm="aggrevate"),
     "minmax": dict(weighting="minmax"),
     "reinforce": dict(algorithm="reinforce"),
-    "natural": dict(optimizer="natural", train_repeat=5, update_sz=10_000),
+    "natural": dict(optimizer="natural", train_repeat=20, update_sz=5_000),
     "start_gap": CLONED,
     "start_score": CLONED | dict(weighting="score", lr=3e-4),
     "start_pathwise": CLONED | dict(weighting="pathwise", lr=1e-4),
@@ -41,13 +41,17 @@ ABLATIONS = {
     "factor_10": dict(gap_factor=10.0),
     "cut_100": dict(gap_cut=100.0),
     "noise_0": dict(roll_in_noise=0.0),
-    "K_20": dict(K=20, max_iteration=15, alpha_decay_iterations=3),
-    "slow_alpha": dict(alpha_decay_iterations=15),
+    "K_10": dict(K=10, max_iteration=30, alpha_decay_iterations=8),
+    "slow_alpha": dict(alpha_decay_iterations=10),
     "half_data": dict(max_experience_len=50_000),
     "one_pass": dict(train_repeat=1),
+    "hidden_256": dict(hidden_dim=256),
 }
 ROWS = FAMILY | ABLATIONS
-ROWS |= {f"sub_{row}": dict(expert_path=SAC.format(2)) | o for row, o in FAMILY.items()}
+ROWS |= {
+    f"sub_{row}": dict(expert_path=SAC.format(2)) | FAMILY[row]
+    for row in ("aggrevated", "dagger", "bc", "aggrevate", "natural")
+}
 
 
 def play(config, who: str, episodes: int, weights=None) -> list[tuple]:
