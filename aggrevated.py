@@ -674,7 +674,7 @@ def conjugate_gradient(product, b, iterations: int) -> torch.Tensor:
 
 
 def mean_kl(old, new) -> torch.Tensor:
-    """Mean KL(old || new) of Gaussians given as (mean, std), (N, action_dim) each; tanh keeps it."""
+    """Mean KL(old || new) of Gaussians given as (mean, std), (N, action_dim); tanh keeps it."""
     old, new = (torch.distributions.Normal(*x, validate_args=False) for x in (old, new))
     return torch.distributions.kl_divergence(old, new).sum(dim=1).mean()
 

@@ -5,7 +5,7 @@
 The candidates are the checkpoints with the best evaluations while training and averages of the last
 ones' weights (or, with `--target`, the checkpoints nearest to a return); 100 validation episodes
 choose among them, and other, fresh episodes give the score.  All use the mean action in the
-untouched environment.  `score.json` beside the zip holds the numbers and what they were measured on.
+untouched environment.  `score.json` beside the zip has the numbers and what they were measured on.
 """
 
 import argparse
@@ -199,12 +199,15 @@ def reward_known(settings: dict, steps: int) -> str:
     return f"trained with {phase['fall_reward']:g} instead of -100 for a fall: a fall only ends"
 
 
-def publish(run_dir, env_name: str, n: int, target: float | None, after: int, episodes: int):
+def publish(run_dir, env_name: str, n: int, episodes: int, checkpoint: str | None, **how) -> None:
     """Choose, strip, score and audit; write sac/{env}_{n}/."""
     folder = HERE / "sac" / f"{env_name}_{n}"
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads((run_dir / "settings.json").read_text())
-    checkpoint, candidates = choose(run_dir, env_name, target, after)
+    if checkpoint:
+        checkpoint, candidates = run_dir / "checkpoints" / checkpoint, {}
+    else:
+        checkpoint, candidates = choose(run_dir, env_name, **how)
     model = load(checkpoint)
     zip_path = folder / f"{env_name}.zip"
     strip(model, env_name).save(zip_path)
@@ -262,7 +265,10 @@ def write_cards() -> None:
     for path in sorted((HERE / "sac").glob("*/score.json")):
         card, name = json.loads(path.read_text()), path.parent.name
         s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
-        q_learner = card["q_audit_learner"]
+        q_learner, chosen = card["q_audit_learner"], "for its place in the run, not for its score"
+        if card["candidates"]:
+            several = ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
+            chosen = f"on 100 validation episodes among: {several}"
         parts.append(
             f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
             f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
@@ -274,9 +280,7 @@ def write_cards() -> None:
             f"{card['wall_minutes']:.0f} minutes on one core, beside other work; "
             + ", ".join(f"{k} {v}" for k, v in card["versions"].items())
             + ".\n"
-            f"- **Chosen** on 100 validation episodes among: "
-            + ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
-            + f".\n- **Critics**: gamma {card['gamma']}, {card['reward']}.\n"
+            f"- **Chosen** {chosen}.\n- **Critics**: gamma {card['gamma']}, {card['reward']}.\n"
             f"- **Q\\* against the return that came**: in those episodes {audited(q)}. From states "
             f"of a half-trained learner: {audited(q_learner)}.\n"
             f"- **sha256** `{card['sha256']}`\n"
@@ -298,10 +302,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, required=True, help="the agent's number in sac/")
     parser.add_argument("--target", type=float, help="the return to come near to, not the best")
     parser.add_argument("--after", type=int, default=0, help="only checkpoints after these steps")
+    parser.add_argument("--checkpoint", help="this one of its checkpoints/, without choosing")
     parser.add_argument("--episodes", type=int, default=500, help="test episodes")
     args = parser.parse_args()
     env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
-    publish(args.run_dir, env_name, args.n, args.target, args.after, args.episodes)
+    how = dict(checkpoint=args.checkpoint, target=args.target, after=args.after)
+    publish(args.run_dir, env_name, args.n, args.episodes, **how)
     write_cards()
 
 

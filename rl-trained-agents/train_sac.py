@@ -226,6 +226,11 @@ def train(env_name: str, settings: Settings, seed: int, run_dir: Path, resume: b
             )
             resume_point.save()
         previous = phase
+    if model.num_timesteps not in evaluation.evaluations_timesteps:  # the end is a checkpoint too
+        model.save(run_dir / "checkpoints" / f"sac_{model.num_timesteps}_steps.zip")
+        evaluation.init_callback(model)
+        evaluation.num_timesteps = model.num_timesteps
+        evaluation._on_step()
     return model
 
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aggrevated as ag
 
 FULL = dict(
-    config={}, seed_work=dict(K=20, H=1000, train_repeat=50, batch_sz=128), timed_passes=3,
-    repeats=3, many=300, growth=dict(H=200, alpha_decay_iterations=10**6),
+    config={}, seed_work=dict(K=20, H=1000, train_repeat=50, batch_sz=128, update_sz=10**6),
+    timed_passes=3, repeats=3, many=300, growth=dict(H=200, alpha_decay_iterations=10**6),
     growth_cells=((20, 2), (5, 2), (10, 2), (40, 2), (80, 2), (20, 1), (20, 4)),  # (K, workers)
 )  # fmt: skip
 QUICK = dict(

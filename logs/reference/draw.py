@@ -31,7 +31,9 @@ NAMES = {
     "start_natural": "score function, natural gradient, from a cloned start",
     "start_pathwise": "pathwise, from a cloned start",
     "start_gap": "gap weights, from a cloned start",
-    "experts": "AggreVaTeD, several experts",
+    "council": "AggreVaTeD, three experts, mean Q\\*",
+    "council_min": "AggreVaTeD, three experts, least Q\\*",
+    "council_max": "AggreVaTeD, three experts, largest Q\\* (MAMBA)",
 }
 
 

@@ -1,4 +1,4 @@
-"""Run rows of the study seed by seed, each with the defaults but for what ROWS says, and score them.
+"""Run rows of the study, each with the defaults but for what ROWS says, and score them.
 
     python logs/reference/study.py aggrevated dagger --seeds 0 1 2 --experts 1
 
@@ -52,6 +52,9 @@ ROWS |= {
     f"sub_{row}": dict(expert_path=SAC.format(2)) | FAMILY[row]
     for row in ("aggrevated", "dagger", "bc", "aggrevate", "natural")
 }
+ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)))
+for how in ("min", "max"):
+    ROWS[f"sub_council_{how}"] = ROWS["sub_council"] | dict(combine=how)
 
 
 def play(config, who: str, episodes: int, weights=None) -> list[tuple]:
@@ -86,7 +89,7 @@ def score_expert(n: str, episodes: int) -> None:
     """Write expert_n/test.csv: the same episodes, played by the expert itself."""
     folder = HERE / f"expert_{n}"
     if not folder.exists():
-        config = aggrevated.Config(expert_path=SAC.format(n)).check()
+        config = aggrevated.Config(expert_path=",".join(map(SAC.format, n.split("+")))).check()
         played = play(config, "expert", episodes)
         folder.mkdir()
         write(folder / "test.csv", [("expert", i, *x) for i, x in enumerate(played)])
@@ -110,16 +113,17 @@ def train(row: str, seed: int, folder: Path) -> None:
             sys.exit(f"{row}, seed {seed} stopped")
         (run,) = Path(log_dir).iterdir()
         strip(run / "last.pt")
-        (run / "final.gif").unlink(missing_ok=True)
+        if (row, seed) != ("aggrevated", 0):
+            (run / "final.gif").unlink(missing_ok=True)
         shutil.move(run, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", help="of: " + ", ".join(ROWS))
-    parser.add_argument("--experts", nargs="*", default=[], help="numbers of experts to score")
+    parser.add_argument("--experts", nargs="*", default=[], help="to score: 1, or 3+4+5 as one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--episodes", type=int, default=500)
+    parser.add_argument("--episodes", type=int, default=300)
     args = parser.parse_args()
     for n in args.experts:
         score_expert(n, args.episodes)
