@@ -126,10 +126,12 @@ def test_environment_does_not_do(name, expert, tmp_path, refused):
         (name, value)
         for names, values in {
             "K H n_workers n_threads max_iteration alpha_decay_iterations max_experience_len "
-            "hidden_dim batch_sz train_repeat eval_every eval_episodes": "0 -1 1.5 x nan 1e3",
+            "hidden_dim batch_sz update_sz train_repeat cg_iterations eval_every eval_episodes": (
+                "0 -1 1.5 x nan 1e3"
+            ),
             "seed": "-1 x 1.5",
-            "lr max_grad_norm": "0 -1 nan inf x",
-            "gap_factor roll_in_noise final_lr": "-0.1 nan inf",
+            "lr max_grad_norm kl_step": "0 -1 nan inf x",
+            "gap_factor roll_in_noise final_lr cg_damping": "-0.1 nan inf",
             "gap_cut": "0.9 nan inf",
             "gamma": "-0.1 1.1 nan 0.5",
             "target_clip": "0.4 1.1 nan",
@@ -137,6 +139,8 @@ def test_environment_does_not_do(name, expert, tmp_path, refused):
             "log_std_max": "nan inf -6",
             "weighting": "none GAP",
             "algorithm": "none BC",
+            "optimizer": "none Adam",
+            "combine": "none median",
             "device": "tpu cuda:99 cpu:x meta mkldnn",
         }.items()
         for name in names.split()
@@ -146,6 +150,12 @@ def test_environment_does_not_do(name, expert, tmp_path, refused):
 def test_option_out_of_range(option, value, expert, tmp_path, refused):
     text = refused(*options(tmp_path / "logs", expert, **{option: value}))
     assert option in text or option == "lr" and "learning" in text
+
+
+@pytest.mark.parametrize("path", ["missing.pt", ".", "/dev/null", "an expert"])
+def test_start_from_what_is_no_checkpoint(path, expert, tmp_path, refused):
+    path = str(expert) if path == "an expert" else path
+    assert path in refused(*options(tmp_path / "logs", expert, init_path=path))
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ NAMES = {
     "start_natural": "score function, natural gradient, from a cloned start",
     "start_pathwise": "pathwise, from a cloned start",
     "start_gap": "gap weights, from a cloned start",
-    "council": "AggreVaTeD, three experts, mean Q\\*",
-    "council_min": "AggreVaTeD, three experts, least Q\\*",
-    "council_max": "AggreVaTeD, three experts, largest Q\\* (MAMBA)",
+    "council": "AggreVaTeD, several experts, mean Q\\*",
+    "council_min": "AggreVaTeD, several experts, least Q\\*",
+    "council_max": "AggreVaTeD, several experts, largest Q\\* (MAMBA)",
 }
 
 
@@ -74,7 +74,8 @@ def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=4000) -> tupl
 def best_expert(run: Path, experts: dict) -> str:
     """The number of the run's expert, of the best one if it has several."""
     path = json.loads((run / "config.json").read_text())["expert_path"]
-    return max(re.findall(r"v3_(\d+)/", path), key=lambda n: experts[n].mean())
+    scored = [n for n in re.findall(r"v3_(\d+)/", path) if n in experts]
+    return max(scored, key=lambda n: experts[n].mean())
 
 
 def cost(run: Path) -> tuple[float, float]:

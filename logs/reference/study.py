@@ -9,6 +9,7 @@ not done again.  One process uses one core.
 
 import argparse
 import csv
+import os
 import shutil
 import sys
 import tempfile
@@ -53,6 +54,7 @@ ROWS |= {
     for row in ("aggrevated", "dagger", "bc", "aggrevate", "natural")
 }
 ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)))
+ROWS["council"] = dict(expert_path=",".join(SAC.format(n) for n in (1, 6, 7, 8, 9)))
 for how in ("min", "max"):
     ROWS[f"sub_council_{how}"] = ROWS["sub_council"] | dict(combine=how)
 
@@ -109,6 +111,7 @@ def train(row: str, seed: int, folder: Path) -> None:
     if "init_path" in options:
         options["init_path"] = options["init_path"].format(seed=seed)
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as log_dir:
+        log_dir = os.path.relpath(log_dir)  # it ends up in the run's own files
         if aggrevated.main([f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]):
             sys.exit(f"{row}, seed {seed} stopped")
         (run,) = Path(log_dir).iterdir()
