@@ -75,6 +75,8 @@ def best_expert(run: Path, experts: dict) -> str:
     """The number of the run's expert, of the best one if it has several."""
     path = json.loads((run / "config.json").read_text())["expert_path"]
     scored = [n for n in re.findall(r"v3_(\d+)/", path) if n in experts]
+    if not scored:  # the members have no test episodes of their own, the council has
+        return "+".join(re.findall(r"v3_(\d+)/", path))
     return max(scored, key=lambda n: experts[n].mean())
 
 
