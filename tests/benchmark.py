@@ -107,13 +107,10 @@ def measure_update(agent, size, device, batch_sz):
     ours, where = ag.AggreVateDAgent(c), f"sample and pass, batch {batch_sz}, {device}"
     ours.policy.load_state_dict(agent.policy.state_dict())
     ours.experience = {k: v[:20_000].to(device) for k, v in agent.experience.items()}
-    state, fixed, weigh, net = (
-        ours.experience["state"],
-        ours.weigh(ours.experience, 1),
-        ours.weigh,
-        ours.policy,
-    )
-    ours.weigh = lambda *_: fixed
+    e, weigh, net = ours.experience, ours.weigh, ours.policy
+    state, fixed = e["state"], weigh(e, 1)
+    ours.experience = e | dict(target=fixed[0], weight=fixed[1])  # drawn with their states
+    ours.weigh = lambda drawn, _: (drawn["target"], drawn["weight"])
     p = [x.detach().clone().requires_grad_() for x in net.parameters()]
     optimizer, spread = torch.optim.Adam(p, c.lr, fused=True), c.log_std_max - c.log_std_min
 
@@ -121,7 +118,8 @@ def measure_update(agent, size, device, batch_sz):
         u = ((fixed[0] - net.offset) / net.scale).clamp(-c.target_clip, c.target_clip).atanh()
         data = (state - net.state_mean) / net.state_std, u, fixed[1]
         generator = torch.Generator().manual_seed(ag.stream_seed(ag.SHUFFLE, c.seed, 1))
-        order = torch.randperm(len(state), generator=generator).to(device)
+        drawn, order = (torch.randperm(len(state), generator=generator) for _ in range(2))
+        order = drawn[order].to(device)  # what is drawn is all, shuffled, and shuffled again
         for x, v, w in zip(*(t[order].split(batch_sz) for t in data)):
             h = F.linear(F.linear(x, p[0], p[1]).relu(), p[2], p[3]).relu()
             log_std = c.log_std_min + spread * torch.sigmoid(F.linear(h, p[6], p[7]))
@@ -137,7 +135,7 @@ def measure_update(agent, size, device, batch_sz):
     difference = max((a - b).abs().max() for a, b in zip(p, net.parameters()))
     assert difference < 1e-2, f"the bare loop learns something else, by {difference:.1e}"
     tasks = {f"(c) bare loop, {where}": bare, f"(c) update, {where}": partial(ours.update, 1)}
-    tasks[f"(c) weights, sample, {device}"] = lambda: weigh(ours.experience, 1)[1].cpu()
+    tasks[f"(c) weights, sample, {device}"] = lambda: weigh(e, 1)[1].cpu()
     compare("us", tasks, 2 * size.repeats + 1, lambda s: 1e6 * s / len(state))
 
 
@@ -188,6 +186,7 @@ def measure_iteration(agent, processes, size):
     done, start = agent.collect(n), copy.deepcopy(agent.policy.state_dict())
     m, some, e = c.max_experience_len, done[0].states[:, None], agent.expert
     full = {k: v.repeat(m // len(v) + 1, 1)[:m] for k, v in agent.experience.items()}
+    drawn = {k: v[: c.update_sz] for k, v in full.items()}  # as many as an update draws
     here, own = partial(part, agent, start, full), partial(part, agent, start, {})
     tasks = {"(d) labels one by one, per step": lambda: [e.q_star(s, e.predict(s)) for s in some]}
     tasks["(d) labels batched, per step"] = partial(own, "label", done[:1])
@@ -199,7 +198,7 @@ def measure_iteration(agent, processes, size):
         whole: lambda: [here("iterate", n), agent.save("last.pt")],
         "(e) its roll-in": partial(here, "collect", n),
         labels: partial(here, "label", done),
-        "(e) its weights": partial(here, "weigh", n),
+        "(e) its weights": partial(here, "weigh", drawn, n),
         "(e) its update, with the weights": partial(here, "update", n),
         "(e) its checkpoint": partial(here, "save", "last.pt"),
         "(e) iteration, only its own transitions kept": partial(own, "iterate", n),
