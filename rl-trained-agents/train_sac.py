@@ -229,7 +229,7 @@ def train(env_name: str, settings: Settings, seed: int, run_dir: Path, resume: b
     if model.num_timesteps not in evaluation.evaluations_timesteps:  # the end is a checkpoint too
         model.save(run_dir / "checkpoints" / f"sac_{model.num_timesteps}_steps.zip")
         evaluation.init_callback(model)
-        evaluation.num_timesteps = model.num_timesteps
+        evaluation.num_timesteps, evaluation.n_calls = model.num_timesteps, 0  # due at once
         evaluation._on_step()
     return model
 
