@@ -893,16 +893,16 @@ class AggreVateDAgent:
             raise FloatingPointError("The gradient is NaN or infinite; raise --log_std_min.")
         product = self.fisher_product(state)
         step = conjugate_gradient(product, -gradient, c.cg_iterations)
-        with torch.no_grad():
-            old, start = self.policy(state), flatten(parameters)
         step *= (2 * c.kl_step / (step @ product(step)).clamp(min=1e-12)).sqrt()
         with torch.no_grad():
-            for halving in range(11):  # the last one is no step at all
-                share = 0.5**halving if halving < 10 else 0.0
-                nn.utils.vector_to_parameters(start + share * step, parameters)
+            old, start = self.policy(state), flatten(parameters)
+            for halving in range(10):
+                nn.utils.vector_to_parameters(start + 0.5**halving * step, parameters)
                 kl = mean_kl(old, self.policy(state))
                 if kl <= 1.5 * c.kl_step and self.loss(state, target, weight) < loss:
                     break
+            else:
+                nn.utils.vector_to_parameters(start, parameters)
         return loss.detach(), gradient.norm()
 
     @torch.no_grad()
@@ -1102,8 +1102,8 @@ class AggreVateDAgent:
             )
             ok = ok and -1 <= state["iteration"] < 2**31 and not math.isnan(state["best_return"])
             ok = ok and all(state[k] >= 0 for k in ("env_steps", "seconds", "csv_bytes"))
-            moments = state["optimizer"]["state"].values()
-            ok = ok and all(m["exp_avg_sq"].min() >= 0 and m["step"] >= 0 for m in moments)
+            saved = state["optimizer"]["state"].values()
+            ok = ok and all(m["exp_avg_sq"].min() >= 0 and m["step"] >= 0 for m in saved)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             ok = False
         if not ok:

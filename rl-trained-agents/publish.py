@@ -59,8 +59,8 @@ def summary(returns: np.ndarray) -> dict:
     )
 
 
-def play_after_a_learner(zip_path: Path, env_name: str, n: int) -> list[aggrevated.Trajectory]:
-    """Episodes of the expert from states that a half-trained learner got itself into.
+def play_after_a_learner(zip_path: Path, env_name: str, n: int) -> list[tuple]:
+    """(episode, the expert's first step) from states that a half-trained learner got itself into.
 
     The learner has had 5 iterations of the defaults; it acts for up to 500 steps, a quarter of the
     longest episode at most, and the expert from there on.
@@ -82,25 +82,21 @@ def play_after_a_learner(zip_path: Path, env_name: str, n: int) -> list[aggrevat
                 pass
         t.finish()
         if len(t) > switch:  # else the learner fell first
-            t.start = switch
-            result.append(t)
+            result.append((t, switch))
     return result
 
 
-def audit(
-    zip_path: Path, env_name: str, episodes: list[aggrevated.Trajectory], gamma: float
-) -> dict:
+def audit(zip_path: Path, env_name: str, episodes: list[tuple], gamma: float) -> dict:
     """Q*(s, a_expert) against the discounted return that then came, but not near a time-out."""
     env = aggrevated.make_env(env_name)
     expert = aggrevated.SACExpert(zip_path, env.observation_space, env.action_space)
     q_all, g_all, before_fall = [], [], []
-    for t in episodes:
+    for t, start in episodes:
         q = expert.q_star(t.states, t.actions)[:, 0]
         rewards, cut = t.rewards.copy(), len(t)
         if not t.terminated:  # what a time-out cuts off is taken from Q*, and weighs little
             rewards[-1], cut = q[-1], max(len(t) - 500, len(t) // 4)
         g = aggrevated.returns_to_go(rewards, gamma)
-        start = getattr(t, "start", 0)
         q_all.append(q[start:cut])
         g_all.append(g[start:cut])
         if t.terminated and t.rewards[-1] <= -100:
@@ -224,7 +220,7 @@ def publish(run_dir, env_name, n, episodes, checkpoint, learner_audit, **how) ->
         gamma=model.gamma,
         reward=reward_known(settings, model.num_timesteps),
         score=summary(returns),
-        q_audit=audit(zip_path, env_name, played, model.gamma),
+        q_audit=audit(zip_path, env_name, [(t, 0) for t in played], model.gamma),
         q_audit_learner=learner_audit
         and audit(zip_path, env_name, play_after_a_learner(zip_path, env_name, 100), model.gamma),
         wall_minutes=wall_minutes(run_dir, model.num_timesteps),
@@ -269,12 +265,13 @@ def write_cards() -> None:
             several = ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
             chosen = f"on 100 validation episodes among: {several}"
         if card["q_audit_learner"]:
-            learner = f" From states of a half-trained learner: {audited(card['q_audit_learner'])}."
+            states = audited(card["q_audit_learner"])
+            learner = f" From states of a half-trained learner: {states}."
         parts.append(
             f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
             f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
-            f"{s['standard_error']:.1f}), {s['success_rate']:.1%} of {s['episodes']} fresh episodes "
-            f"at 300 or more; mean action; each return is in `returns.csv`.\n"
+            f"{s['standard_error']:.1f}), {s['success_rate']:.1%} of {s['episodes']} fresh "
+            f"episodes at 300 or more; mean action; each return is in `returns.csv`.\n"
             f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
             f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
             f"{card['env_steps']:,} environment steps, {card['updates']:,} updates and "
@@ -310,9 +307,10 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=500, help="test episodes")
     args = parser.parse_args()
     env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
-    how = dict(target=args.target, after=args.after, learner_audit=args.learner_audit)
-    how["checkpoint"] = args.checkpoint
-    publish(args.run_dir, env_name, args.n, args.episodes, **how)
+    publish(
+        args.run_dir, env_name, args.n, args.episodes, args.checkpoint, args.learner_audit,
+        target=args.target, after=args.after,
+    )  # fmt: skip
     write_cards()
 
 

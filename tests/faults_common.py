@@ -43,9 +43,8 @@ def sac_bytes(env_id=PLAIN, kind="SAC", steps=0, **policy_kwargs) -> bytes:
     if kind == "PPO":
         arguments = dict(n_steps=8, batch_size=8)
     model = getattr(stable_baselines3, kind)(
-        "MlpPolicy", env_id, seed=0, device="cpu", policy_kwargs=dict(net_arch=[16,
-        16]) | policy_kwargs,
-        **arguments,
+        "MlpPolicy", env_id, seed=0, device="cpu",
+        policy_kwargs=dict(net_arch=[16, 16]) | policy_kwargs, **arguments,
     )  # fmt: skip
     if steps:
         model.learn(steps)

@@ -737,8 +737,8 @@ def test_checkpoint_with_odd_optimizer(change, damaged, finished_run):
 @pytest.mark.parametrize(
     "keys, value",
     [
-        ((), []), ((), "x"), ((0, "lr"), torch.nan), ((0, "lr"), "x"), ((0, "betas"), (2.0,
-        torch.nan)),
+        ((), []), ((), "x"), ((0, "lr"), torch.nan), ((0, "lr"), "x"),
+        ((0, "betas"), (2.0, torch.nan)),
         ((0, "betas"), None), ((0, "params"), [0]), ((0, "fused"), "x"), ((0, "amsgrad"), True),
         ((0, "maximize"), True), ((0, "weight_decay"), 1e30),
     ],
@@ -833,8 +833,8 @@ def test_environment_with_odd_episodes(fault, length, expert, tmp_path):
         dict(H=1), dict(K=1, n_workers=5), dict(H=1, K=1, batch_sz=1), dict(max_experience_len=1),
         dict(max_experience_len=1, weighting="minmax"), dict(eval_episodes=1), dict(batch_sz=10**6),
         dict(alpha_decay_iterations=1), dict(max_iteration=1, eval_every=100), dict(gap_cut=1.0),
-        dict(gap_factor=0.0, roll_in_noise=0.0), dict(target_clip=1.0), dict(log_std_min=0,
-        log_std_max=0),
+        dict(gap_factor=0.0, roll_in_noise=0.0), dict(target_clip=1.0),
+        dict(log_std_min=0, log_std_max=0),
         dict(hidden_dim=1), dict(K=7, n_threads=2),
         *(dict(H=1, K=1, algorithm=a) for a in ("bc", "dagger", "aggrevate", "reinforce")),
         *(dict(H=1, K=1, weighting=w) for w in ("score", "pathwise", "minmax")),
@@ -1076,8 +1076,8 @@ def test_same_weights_in_another_process(expert, tmp_path):
 @pytest.mark.parametrize(
     "env_name, sizes",
     [
-        ("Pendulum-v1", (3, 1)), ("BipedalWalker-v3", (24, 4)), ("MountainCarContinuous-v0", (2,
-        1)),
+        ("Pendulum-v1", (3, 1)), ("BipedalWalker-v3", (24, 4)),
+        ("MountainCarContinuous-v0", (2, 1)),
         ("LunarLanderContinuous-v3", (8, 2)), ("faults_envs:float64-v0", (3, 2)),
     ],
 )  # fmt: skip

@@ -186,8 +186,8 @@ def test_pickle_of_a_checkpoint(resume, changes):
 
 PATHS = [
     ("config",), ("config", "lr"), ("config", "K"), ("config", "env_name"), ("config", "weighting"),
-    ("policy",), ("policy", "fc1.weight"), ("policy", "scale"), ("optimizer",), ("optimizer",
-    "state"),
+    ("policy",), ("policy", "fc1.weight"), ("policy", "scale"), ("optimizer",),
+    ("optimizer", "state"),
     ("optimizer", "state", 0), ("optimizer", "state", 0, "exp_avg"), ("optimizer", "param_groups"),
     ("experience",), ("experience", "state"), ("experience", "q_expert"), ("iteration",),
     ("env_steps",), ("seconds",), ("best_return",), ("expert_return",), ("csv_bytes",), ("new",),
@@ -215,8 +215,8 @@ NUMBERS = st.one_of(
 ).map(str)
 WORDS = st.one_of(
     NUMBERS, st.text(max_size=8),
-    st.sampled_from(["", "-", "--", "-h=", "--no-render", "gap", "auto", "%s", "{}", "\udcff", "@x",
-    "=", "\n"]),
+    st.sampled_from(["", "-", "--", "-h=", "--no-render", "gap", "auto", "%s", "{}", "\udcff",
+                     "@x", "=", "\n"]),
 )  # fmt: skip
 ARGUMENTS = st.lists(
     st.one_of(

@@ -2,7 +2,7 @@
 
     python logs/reference/draw.py
 
-A run is a folder ROW_sSEED of study.py; EXPERT_n/test.csv has the same episodes played by expert n.
+A run is a folder ROW_sSEED of study.py; expert_n/test.csv has the same episodes played by expert n.
 Needs matplotlib, which Stable-Baselines3 brings along.
 """
 
@@ -74,9 +74,10 @@ def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=4000) -> tupl
 def best_expert(run: Path, experts: dict) -> str:
     """The number of the run's expert, of the best one if it has several."""
     path = json.loads((run / "config.json").read_text())["expert_path"]
-    scored = [n for n in re.findall(r"v3_(\d+)/", path) if n in experts]
+    members = re.findall(r"v3_(\d+)/", path)
+    scored = [n for n in members if n in experts]
     if not scored:  # the members have no test episodes of their own, the council has
-        return "+".join(re.findall(r"v3_(\d+)/", path))
+        return "+".join(members)
     return max(scored, key=lambda n: experts[n].mean())
 
 

@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
@@ -99,10 +101,8 @@ def score_expert(n: str, episodes: int) -> None:
 
 def strip(path: Path) -> None:
     """Leave a checkpoint what evaluating needs: no data, no optimiser."""
-    state = aggrevated.torch.load(path, weights_only=True)
-    aggrevated.torch.save(
-        {k: state[k] for k in state if k not in ("experience", "optimizer")}, path
-    )
+    state = torch.load(path, weights_only=True)
+    torch.save({k: state[k] for k in state if k not in ("experience", "optimizer")}, path)
 
 
 def train(row: str, seed: int, folder: Path) -> None:
