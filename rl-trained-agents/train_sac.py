@@ -66,6 +66,7 @@ SETTINGS = {
         phases=(
             Phase(until=3_250_000, fall_reward=0.0, gradient_steps=2),
             Phase(until=6_000_000, learning_rate=2e-4, final_learning_rate=5e-5, gradient_steps=2),
+            Phase(until=8_000_000, learning_rate=2e-4, final_learning_rate=2e-5, gradient_steps=4),
         ),
     ),
     "BipedalWalker-v3": Settings(

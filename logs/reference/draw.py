@@ -3,7 +3,7 @@
     python logs/reference/draw.py
 
 A run is a folder ROW_sSEED of study.py; expert_n/test.csv has the same episodes played by expert n.
-Needs matplotlib, which Stable-Baselines3 brings along.
+Needs matplotlib, which tests/requirements.txt installs.
 """
 
 import csv
