@@ -260,7 +260,9 @@ def load_tensors(raw: bytes, what: str):
     """torch.load without unpickling anything but tensors and plain values."""
     read_zip(raw, what)
     try:
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols; what matters is raised
+            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"{what} does not hold plain tensors ({reason}); save it again.") from None
@@ -644,10 +646,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
-        if device.type not in ("cpu", "cuda"):
+        if name.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError("only cpu and cuda are known to work")
-        return device
+        return torch.empty(0, device=name).device
     except Exception as error:
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"device {name!r} is not to be had here ({reason}); use cpu.") from None
@@ -1083,6 +1084,9 @@ class AggreVateDAgent:
         wanted = {k: getattr(self, k) for k in CHECKPOINT_VALUES}
         moments, experience = {}, {}
         try:
+            if not all(isinstance(state[k], dict) for k in ("optimizer", "experience")):
+                raise TypeError
+            saved = state["optimizer"]["state"]
             if state["iteration"] > 0:
                 size = len(state["experience"]["state"]), len(self.policy.scale)
                 names = ("expert_action", "q_expert")
@@ -1097,20 +1101,17 @@ class AggreVateDAgent:
                     p = p.detach().cpu()
                     moments[i] = dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
             wanted |= dict(optimizer=moments, experience=experience)
-            ok = fits(
-                {k: state[k] for k in wanted} | dict(optimizer=state["optimizer"]["state"]), wanted
-            )
+            ok = fits({k: state[k] for k in wanted} | dict(optimizer=saved), wanted)
             ok = ok and -1 <= state["iteration"] < 2**31 and not math.isnan(state["best_return"])
             ok = ok and all(state[k] >= 0 for k in ("env_steps", "seconds", "csv_bytes"))
-            saved = state["optimizer"]["state"].values()
-            ok = ok and all(m["exp_avg_sq"].min() >= 0 and m["step"] >= 0 for m in saved)
+            ok = ok and all(m["exp_avg_sq"].min() >= 0 and m["step"] >= 0 for m in saved.values())
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             ok = False
         if not ok:
             raise UserError("The checkpoint is damaged or not of this run; use its own.")
         self.load_policy(state)
         own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(own | dict(state=state["optimizer"]["state"]))
+        self.optimizer.load_state_dict(own | dict(state=saved))
         self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
         for name in CHECKPOINT_VALUES:
             setattr(self, name, state[name])
