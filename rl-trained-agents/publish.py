@@ -261,6 +261,7 @@ def write_cards() -> None:
         card, name = json.loads(path.read_text()), path.parent.name
         s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
         chosen, learner = "for its place in the run, not for its score", ""
+        solved = f"{s['success_rate']:.1%} of them at 300 or more; " if "Walker" in name else ""
         if card["candidates"]:
             several = ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
             chosen = f"on 100 validation episodes among: {several}"
@@ -270,8 +271,8 @@ def write_cards() -> None:
         parts.append(
             f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
             f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
-            f"{s['standard_error']:.1f}), {s['success_rate']:.1%} of {s['episodes']} fresh "
-            f"episodes at 300 or more; mean action; each return is in `returns.csv`.\n"
+            f"{s['standard_error']:.1f}) over {s['episodes']} fresh episodes; {solved}mean action; "
+            f"each return is in `returns.csv`.\n"
             f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
             f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
             f"{card['env_steps']:,} environment steps, {card['updates']:,} updates and "

@@ -71,6 +71,12 @@ def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=4000) -> tupl
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
+def versus(learner: np.ndarray, expert: np.ndarray) -> str:
+    """Mean paired difference of (seeds, episodes) with its interval, as the table has it."""
+    low, high = paired_interval(learner, expert)
+    return f"{(learner - expert).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def best_expert(run: Path, experts: dict) -> str:
     """The number of the run's expert, of the best one if it has several."""
     path = json.loads((run / "config.json").read_text())["expert_path"]
@@ -93,27 +99,27 @@ def table() -> str:
     experts, found = expert_returns(), rows()
     lines = [
         "| policy | seeds × episodes | best on validation: mean ± std | ≥ 300 "
-        "| minus expert (95 % CI) | last iterate | steps | min |",
-        "|---|---|---|---|---|---|---|---|",
+        "| minus expert (95 % CI) | last iterate | minus expert (95 % CI) | steps | min |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for n, expert in sorted(experts.items()):
         lines.append(
             f"| **expert {n}** | 1 × {len(expert)} | {expert.mean():.1f} ± {expert.std():.1f} "
-            f"| {(expert >= 300).mean():.1%} | | | | |"
+            f"| {(expert >= 300).mean():.1%} | | | | | |"
         )
         mine = {row: runs for row, runs in found.items() if best_expert(runs[0], experts) == n}
         scored = {}
         for row, runs in mine.items():
             tests = [read(run / "test.csv", ("policy",)) for run in runs]
             best, last = (np.array([t[(who,)] for t in tests]) for who in ("best", "last"))
-            low, high = paired_interval(best, expert[: best.shape[1]])
+            against = expert[: best.shape[1]]
             steps, minutes = np.mean([cost(run) for run in runs], axis=0)
             name = NAMES.get(row.removeprefix("sub_"), row.removeprefix("sub_"))
             scored[best.mean(), row] = (
                 f"| {name} | {len(runs)} × {best.shape[1]} | {best.mean():.1f} ± {best.std():.1f} "
-                f"| {(best >= 300).mean():.1%} "
-                f"| {(best - expert[: best.shape[1]]).mean():+.1f} ({low:+.1f} to {high:+.1f}) "
-                f"| {last.mean():.1f} | {steps / 1000:.0f}k | {minutes:.1f} |"
+                f"| {(best >= 300).mean():.1%} | {versus(best, against)} "
+                f"| {last.mean():.1f} | {versus(last, against)} "
+                f"| {steps / 1000:.0f}k | {minutes:.1f} |"
             )
         lines += [scored[k] for k in sorted(scored, reverse=True)]
     return "\n".join(lines)
@@ -131,7 +137,7 @@ def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_curves(name: str, prefix: str, n: str) -> None:
     """Validation returns over environment steps, the band from the worst to the best seed."""
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 4.2), layout="constrained")
     for row, runs in rows().items():
         if row.startswith("sub_") != bool(prefix) or row.removeprefix(prefix) not in NAMES:
             continue
@@ -144,12 +150,13 @@ def draw_curves(name: str, prefix: str, n: str) -> None:
             steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
         )
     log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
-    axes.plot(log["timesteps"], log["results"].mean(axis=1), color="gray", label="SAC from scratch")
+    means = log["results"].mean(axis=1)
+    axes.plot(log["timesteps"], means, color="black", label="SAC from scratch")
     expert = expert_returns()[n].mean()
     axes.axhline(expert, color="black", linestyle="--", label=f"expert {n}, test episodes")
     axes.set(xscale="log", xlabel="environment steps", ylabel="return, mean action")
-    axes.set_xlim(5e3, None)
-    axes.legend(fontsize=8, title="(seeds)", title_fontsize=8)
+    axes.set_xlim(2e4, None)
+    figure.legend(loc="outside right upper", fontsize=8, title="(seeds)", title_fontsize=8)
     figure.savefig(HERE / name, dpi=110)
     plt.close(figure)
 
