@@ -74,6 +74,9 @@ class Config:
     combine: str = option(
         "mean", "how several experts' Q* become one; max is MAMBA's", choices=("mean", "min", "max")
     )
+    temperature: float = option(
+        0.3, "several experts' actions are mixed by softmax(Q* / this); 0 takes the best", low=0.0
+    )
     algorithm: str = option(
         "aggrevated",
         "member of the family: what is rolled in, kept and weighted",
@@ -379,25 +382,30 @@ class SACExpert(nn.Module):
 
 
 class Council(nn.Module):
-    """Several experts as one: combined Q*, and of their actions the one it values most.
+    """Several experts as one: combined Q*, and the mean of their actions under softmax(Q* / T).
 
-    With `max` this is MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
+    The mean is smooth in the state, so that a learner can imitate it.  With T = 0 and `max` this is
+    MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
     """
 
-    def __init__(self, members: list[SACExpert], how: str):
+    def __init__(self, members: list[SACExpert], how="mean", temperature=0.0):
         super().__init__()
-        self.members, self.how = nn.ModuleList(members), how
+        self.members, self.how, self.temperature = nn.ModuleList(members), how, temperature
         self.gamma = members[0].gamma
         if any(m.gamma != self.gamma for m in members):
             raise UserError("The experts' Q* have different discounts; choose some of one gamma.")
 
     @torch.no_grad()
     def predict(self, obs):
-        """The chosen expert's deterministic actions (N, action_dim), in the environment's units."""
-        state = self.members[0]._tensor(obs)
-        actions = torch.stack([m.predict(state) for m in self.members])  # (M, N, action_dim)
-        best = torch.stack([self.q_star(state, a) for a in actions]).argmax(dim=0)  # (N, 1)
-        action = actions[best[:, 0], torch.arange(len(state), device=state.device)]
+        """The council's deterministic actions (N, action_dim), in the environment's units."""
+        state, m = self.members[0]._tensor(obs), len(self.members)
+        actions = torch.stack([member.predict(state) for member in self.members])  # (M, N, dim)
+        values = self.q_star(state.repeat(m, 1), actions.flatten(0, 1)).view(m, -1, 1)
+        if self.temperature > 0:
+            share = torch.softmax(values / self.temperature, dim=0)
+        else:
+            share = F.one_hot(values.argmax(dim=0), m).permute(2, 0, 1)
+        action = (share * actions).sum(dim=0)
         return action if torch.is_tensor(obs) else action.cpu().numpy()
 
     def critics(self, obs, action):
@@ -418,7 +426,7 @@ def load_expert(config, env: gym.Env, device="cpu") -> SACExpert | Council:
     """The expert that `expert_path` names, or the council of several; UserError as SACExpert."""
     spaces = env.observation_space, env.action_space
     members = [SACExpert(path, *spaces, device) for path in config.expert_path.split(",")]
-    return members[0] if len(members) == 1 else Council(members, config.combine)
+    return members[0] if len(members) == 1 else Council(members, config.combine, config.temperature)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -259,7 +259,11 @@ def write_cards() -> None:
     parts = [INTRODUCTION]
     for path in sorted((HERE / "sac").glob("*/score.json")):
         card, name = json.loads(path.read_text()), path.parent.name
-        s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
+        s, q, options = card["score"], card["q_audit"], f"--seed {card['run'].rsplit('_s', 1)[1]}"
+        since = ""
+        if origin := card["settings"].get("start_from"):
+            options += f" --start_from {origin}"
+            since = f" (the first {card['settings']['phases'][-2]['until']:,} are that agent's)"
         chosen, learner = "for its place in the run, not for its score", ""
         solved = f"{s['success_rate']:.1%} of them at 300 or more; " if "Walker" in name else ""
         if card["candidates"]:
@@ -274,8 +278,8 @@ def write_cards() -> None:
             f"{s['standard_error']:.1f}) over {s['episodes']} fresh episodes; {solved}mean action; "
             f"each return is in `returns.csv`.\n"
             f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
-            f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
-            f"{card['env_steps']:,} environment steps, {card['updates']:,} updates and "
+            f"{options}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
+            f"{card['env_steps']:,} environment steps{since}, {card['updates']:,} updates and "
             f"{card['wall_minutes']:.0f} minutes on one core, beside other work; "
             + ", ".join(f"{k} {v}" for k, v in card["versions"].items())
             + ".\n"

@@ -311,6 +311,19 @@ def test_council_takes_the_action_its_combined_q_star_values_most(tmp_path, how)
     np.testing.assert_allclose(chosen, own[best, np.arange(50)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 10.0])
+def test_council_mixes_actions_by_softmax_of_q_star(tmp_path, temperature):
+    experts, _ = council(tmp_path, "mean")
+    together = Council(experts, "mean", temperature)
+    obs = observations(50)
+    actions = np.stack([e.predict(obs) for e in experts]).astype(np.float64)
+    q = np.stack([np.mean([e.q_star(obs, a) for e in experts], axis=0) for a in actions])
+    share = np.exp((q - q.max(axis=0)) / temperature)
+    mixed = (share * actions).sum(axis=0) / share.sum(axis=0)
+    np.testing.assert_allclose(together.predict(obs), mixed, rtol=1e-4, atol=1e-4)
+    assert np.abs(mixed - actions).min(axis=0).max() > 0.01  # no member's own action
+
+
 def test_council_of_one_discount(tmp_path):
     experts, _ = council(tmp_path, "mean")
     experts[1].gamma = 0.5
