@@ -47,6 +47,7 @@ from tqdm import tqdm
 # cannot disturb training and a resumed run needs no generator states.  TUNING has test episodes
 # that were looked at while settings were chosen; reported scores use TEST.
 ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TUNING, TEST = range(6)
+HARDCORE, SAC_DIR = "BipedalWalkerHardcore-v3", "rl-trained-agents/sac"
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
 
 
@@ -66,9 +67,9 @@ def option(default, note: str, low=None, high=None, choices=None):
 class Config:
     """Every setting; each field is a command-line option too."""
 
-    env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id; bounded Box actions")
+    env_name: str = option(HARDCORE, "Gymnasium id; bounded Box actions")
     expert_path: str = option(
-        "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip",
+        ",".join(f"{SAC_DIR}/{HARDCORE}_{n}/{HARDCORE}.zip" for n in (1, 6, 7, 8, 9)),
         "SAC zip of any Stable-Baselines3 version; several, with commas between, become one expert",
     )
     combine: str = option(
@@ -132,7 +133,7 @@ class Config:
     gamma: float = option(0.99, "discount that Q* must have been trained with", 0.0, 1.0)
 
     eval_every: int = option(3, "iterations between evaluations; training does not notice", low=1)
-    eval_episodes: int = option(50, "episodes per evaluation; 20 to 500", low=1)
+    eval_episodes: int = option(100, "episodes per evaluation; 20 to 500", low=1)
     log_dir: str = option("logs", "parent of the run folders")
     render: bool = option(False, "show the last episode in a window, not only as final.gif")
 

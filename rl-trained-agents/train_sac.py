@@ -4,8 +4,7 @@
 
 The run folder (`--run_dir`, by default `rl-trained-agents/runs/{env}_s{seed}`) collects
 `evaluations.npz`, TensorBoard events, numbered policy checkpoints and `resume/`, the last state
-with its replay buffer; `--resume` goes on from there.  Where only a published agent is left,
-`--start_from` its zip runs the last phase anew.  `publish.py` then chooses a checkpoint.
+with its replay buffer; `--resume` goes on from there.  `publish.py` then chooses a checkpoint.
 
 Training may reshape the reward of a fall (see `Phase.fall_reward`); every score, whether from an
 evaluation or from the training episodes' Monitor, is the untouched environment's own return.
@@ -14,7 +13,6 @@ evaluation or from the training episodes' Monitor, is the untouched environment'
 import argparse
 import json
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +21,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import SAC
-from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -31,8 +28,7 @@ from stable_baselines3.common.logger import configure
 HERE = Path(__file__).resolve().parent
 FALL = -100.0  # what BipedalWalker pays for a fall, and nothing else
 EVAL_SEED = 10_000  # evaluations while training
-REFILL = 320_000  # steps of its own play that a published agent's empty replay buffer begins with
-START_ENT_COEF = 0.02  # where the entropy coefficient stands after the second phase
+SELECT_SEED = 20_000  # choosing among checkpoints; the cards' scores use yet other seeds
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class Phase:
     batch_size: int = 256
     gradient_steps: int = 1  # updates per step of the whole vector of environments
     target_entropy: float | None = None  # nats; None is SB3's -action_dim
-    n_steps: int = 1  # rewards before the bootstrap
 
 
 @dataclass(frozen=True)
@@ -61,50 +56,31 @@ class Settings:
     eval_episodes: int = 32
 
 
+HARDCORE_SAC = dict(gamma=0.99, tau=0.005, buffer_size=1_000_000, learning_starts=10_000)
 SETTINGS = {
     # With the fall penalty from the start SAC learns to stand still; so it learns to walk first
     # (phase 1, a fall is just an end) and then not to fall (phase 2, the true reward).
     "BipedalWalkerHardcore-v3": Settings(
         n_envs=32,
-        sac=dict(buffer_size=1_000_000, learning_starts=10_000),
+        sac=HARDCORE_SAC | dict(n_steps=3),
         phases=(
-            Phase(until=3_250_000, fall_reward=0.0, gradient_steps=2, n_steps=3),
-            Phase(
-                until=6_000_000,
-                learning_rate=2e-4,
-                final_learning_rate=5e-5,
-                gradient_steps=2,
-                n_steps=3,
-            ),
-            Phase(
-                until=7_250_000,
-                learning_rate=2e-4,
-                final_learning_rate=2e-5,
-                gradient_steps=8,
-                n_steps=3,
-            ),
+            Phase(until=3_250_000, fall_reward=0.0, gradient_steps=2),
+            Phase(until=6_000_000, learning_rate=2e-4, final_learning_rate=5e-5, gradient_steps=2),
         ),
-        eval_every=125_000,
     ),
     "BipedalWalker-v3": Settings(
         n_envs=8,
         net_arch=(128, 128),
-        sac=dict(buffer_size=300_000, learning_starts=5_000),
+        sac=dict(gamma=0.99, buffer_size=300_000, learning_starts=5_000, n_steps=3),
         phases=(
-            Phase(until=200_000, fall_reward=0.0, learning_rate=7e-4, gradient_steps=2, n_steps=3),
-            Phase(
-                until=350_000,
-                learning_rate=5e-4,
-                final_learning_rate=5e-5,
-                gradient_steps=2,
-                n_steps=3,
-            ),
+            Phase(until=200_000, fall_reward=0.0, learning_rate=7e-4, gradient_steps=2),
+            Phase(until=350_000, learning_rate=5e-4, final_learning_rate=5e-5, gradient_steps=2),
         ),
         eval_every=50_000,
     ),
     "Pendulum-v1": Settings(
         net_arch=(64, 64),
-        sac=dict(buffer_size=20_000, learning_starts=500),
+        sac=dict(gamma=0.99, buffer_size=20_000, learning_starts=500),
         phases=(Phase(until=10_000, learning_rate=1e-3),),
         eval_every=1_000,
     ),
@@ -184,10 +160,8 @@ class Evaluation(EvalCallback):
         return True
 
 
-def build(
-    env_name: str, settings: Settings, seed: int, run_dir: Path, resume: bool, start_from: Path
-) -> SAC:
-    """A fresh SAC on `n_envs` environments, the one that `resume/` holds, or a published agent."""
+def build(env_name: str, settings: Settings, seed: int, run_dir: Path, resume: bool) -> SAC:
+    """A fresh SAC on `n_envs` environments, or the one that `resume/` holds."""
     env = make_vec_env(
         env_name,
         n_envs=settings.n_envs,
@@ -201,18 +175,9 @@ def build(
     else:
         policy_kwargs = dict(net_arch=list(settings.net_arch), optimizer_kwargs=dict(fused=True))
         model = SAC(
-            "MlpPolicy", env, policy_kwargs=policy_kwargs, seed=seed, device="cpu",
-            replay_buffer_class=NStepReplayBuffer, **settings.sac,
-        )  # fmt: skip
+            "MlpPolicy", env, policy_kwargs=policy_kwargs, seed=seed, device="cpu", **settings.sac
+        )
     model.set_logger(configure(str(run_dir), ["tensorboard"]))
-    if start_from:
-        agent = SAC.load(start_from, device="cpu")
-        model.policy.load_state_dict(agent.policy.state_dict())
-        with torch.no_grad():  # 1, where SAC starts, would undo the gait
-            model.log_ent_coef.fill_(np.log(START_ENT_COEF))
-        model.num_timesteps = settings.phases[-2].until
-        model.gradient_steps = 0
-        model.learn(REFILL, reset_num_timesteps=False)
     return model
 
 
@@ -232,16 +197,15 @@ def enter_phase(model: SAC, phase: Phase, start: int) -> None:
         -action_dim if phase.target_entropy is None else phase.target_entropy
     )
     buffer, env = model.replay_buffer, model.get_env()
-    buffer.n_steps = phase.n_steps
     old = env.get_attr("fall_reward")[0]
     falls = (buffer.dones > 0) & (buffer.timeouts == 0) & (buffer.rewards == old)
     buffer.rewards[falls] = phase.fall_reward
     env.env_method("set_fall_reward", phase.fall_reward)
 
 
-def train(env_name: str, settings: Settings, run_dir: Path, **how) -> SAC:
+def train(env_name: str, settings: Settings, seed: int, run_dir: Path, resume: bool) -> SAC:
     """Run the phases that are left; every evaluation has its policy saved beside it."""
-    model = build(env_name, settings, run_dir=run_dir, **how)
+    model = build(env_name, settings, seed, run_dir, resume)
     every = max(settings.eval_every // settings.n_envs, 1)
     resume_point = ResumePoint(run_dir / "resume")
     evaluation = Evaluation(env_name, run_dir, settings)
@@ -276,24 +240,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run_dir", type=Path, help="where the run's files go")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state")
-    parser.add_argument(
-        "--start_from", type=Path, metavar="ZIP", help="run only the last phase, from this agent"
-    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     settings = SETTINGS[args.env_name]
     run_dir = args.run_dir or HERE / "runs" / f"{args.env_name}_s{args.seed}"
     run_dir.mkdir(parents=True, exist_ok=args.resume)
-    start_from = None if args.resume else args.start_from
-    if not args.resume:
-        record = asdict(settings) | dict(start_from=str(start_from or ""))
-        (run_dir / "settings.json").write_text(json.dumps(record, indent=1))
-        if start_from and (history := start_from.parent / "evaluations.npz").exists():
-            shutil.copy(history, run_dir)
-    train(
-        args.env_name, settings, run_dir, seed=args.seed, resume=args.resume, start_from=start_from
-    )
+    (run_dir / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+    train(args.env_name, settings, args.seed, run_dir, args.resume)
 
 
 if __name__ == "__main__":
