@@ -1,5 +1,7 @@
 """How fast aggrevated.py is: against the bare simulator, a bare tensor loop and a plain script.
 
+The expert is one SAC agent; what the default's several cost more is measured apart.
+
     python tests/benchmark.py [--json FILE]   about six minutes on two quiet cores
     python tests/benchmark.py --quick         tiny sizes, only to see that it runs
 
@@ -203,6 +205,13 @@ def measure_iteration(agent, processes, size):
         "(e) its checkpoint": partial(here, "save", "last.pt"),
         "(e) iteration, only its own transitions kept": partial(own, "iterate", n),
     }
+    council = copy.copy(agent)  # asks the default's experts, if they fit, for labels and weights
+    if c.env_name == ag.HARDCORE:
+        path = ag.Config.expert_path
+        council.expert = ag.load_expert(replace(c, expert_path=path), ag.make_env(c.env_name))
+        several = f"{path.count(',') + 1} experts"
+        tasks[f"(e) labels of {several}"] = partial(part, council, start, full, "label", done)
+        tasks[f"(e) weights by {several}"] = partial(part, council, start, full, "weigh", drawn, n)
     over = compare("s", tasks, size.repeats, lambda s: s)
     GOALS.append(("iteration over simulator, experience full", over[whole], "<=", 1.5))
     GOALS.append(("labels' share of an iteration", over[labels] / over[whole], "<=", 0.02))
@@ -261,7 +270,7 @@ def measure_growth(config, size):
 def main():
     """Parse the options, measure everything, print the goals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--expert_path", default=ag.Config.expert_path)
+    parser.add_argument("--expert_path", default=ag.Config.expert_path.split(",")[0])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; numbers mean nothing")
     args, started = parser.parse_args(), time.perf_counter()

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 AGENTS = sorted((ROOT / "rl-trained-agents" / "sac").glob("*/*.zip"))
 
 
-def test_the_default_expert_is_shipped():
-    assert ROOT / aggrevated.Config().expert_path in AGENTS
+def test_the_default_experts_are_shipped():
+    paths = aggrevated.Config().expert_path.split(",")
+    assert {ROOT / path for path in paths} <= set(AGENTS) and len(paths) == 5
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.parent.name)
