@@ -131,7 +131,7 @@ def test_environment_does_not_do(name, expert, tmp_path, refused):
             ),
             "seed": "-1 x 1.5",
             "lr max_grad_norm kl_step": "0 -1 nan inf x",
-            "gap_factor roll_in_noise final_lr cg_damping": "-0.1 nan inf",
+            "gap_factor roll_in_noise final_lr cg_damping temperature": "-0.1 nan inf",
             "gap_cut": "0.9 nan inf",
             "gamma": "-0.1 1.1 nan 0.5",
             "target_clip": "0.4 1.1 nan",

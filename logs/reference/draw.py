@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 EXPERTS = HERE.parents[1] / "rl-trained-agents" / "sac"
 NAMES = {
-    "aggrevated": "AggreVaTeD (default)",
+    "aggrevated": "AggreVaTeD",
+    "council": "AggreVaTeD",
     "aggrevate": "AggreVaTe",
     "dagger": "DAgger",
     "bc": "behaviour cloning",
@@ -31,9 +32,6 @@ NAMES = {
     "start_natural": "score function, natural gradient, from a cloned start",
     "start_pathwise": "pathwise, from a cloned start",
     "start_gap": "gap weights, from a cloned start",
-    "council": "AggreVaTeD, several experts, mean Q\\*",
-    "council_min": "AggreVaTeD, several experts, least Q\\*",
-    "council_max": "AggreVaTeD, several experts, largest Q\\* (MAMBA)",
 }
 
 
@@ -77,14 +75,20 @@ def versus(learner: np.ndarray, expert: np.ndarray) -> str:
     return f"{(learner - expert).mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def best_expert(run: Path, experts: dict) -> str:
-    """The number of the run's expert, of the best one if it has several."""
+def name_of(row: str) -> str:
+    """What a row is, without what it learned from."""
+    return NAMES.get(row.removeprefix("sub_").removeprefix("single_"), row)
+
+
+def teachers(run: Path) -> str:
+    """The numbers of the run's experts: "1", or "3+4+5"."""
     path = json.loads((run / "config.json").read_text())["expert_path"]
-    members = re.findall(r"v3_(\d+)/", path)
-    scored = [n for n in members if n in experts]
-    if not scored:  # the members have no test episodes of their own, the council has
-        return "+".join(members)
-    return max(scored, key=lambda n: experts[n].mean())
+    return "+".join(re.findall(r"v3_(\d+)/", path))
+
+
+def best_of(numbers: str, experts: dict) -> str:
+    """The number of the best of several experts, on the test episodes."""
+    return max(numbers.split("+"), key=lambda n: experts[n].mean())
 
 
 def cost(run: Path) -> tuple[float, float]:
@@ -102,21 +106,32 @@ def table() -> str:
         "| minus expert (95 % CI) | last iterate | minus expert (95 % CI) | steps | min |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for n, expert in sorted(experts.items()):
+    groups = sorted({teachers(run) for runs in found.values() for run in runs}, key=len)
+    for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
+        n = best_of(numbers, experts)
+        expert = experts[n]
+        if n != numbers:
+            together, names = experts[numbers], numbers.replace("+", ", ")
+            lines.append(
+                f"| **experts {names} together** | 1 × {len(together)} "
+                f"| {together.mean():.1f} ± {together.std():.1f} | {(together >= 300).mean():.1%} "
+                f"| {versus(together[None], expert)} | | | | |"
+            )
         lines.append(
-            f"| **expert {n}** | 1 × {len(expert)} | {expert.mean():.1f} ± {expert.std():.1f} "
+            f"| **expert {n}{', the best of them' if n != numbers else ''}** | 1 × {len(expert)} "
+            f"| {expert.mean():.1f} ± {expert.std():.1f} "
             f"| {(expert >= 300).mean():.1%} | | | | | |"
         )
-        mine = {row: runs for row, runs in found.items() if best_expert(runs[0], experts) == n}
+        mine = {row: runs for row, runs in found.items() if teachers(runs[0]) == numbers}
         scored = {}
         for row, runs in mine.items():
             tests = [read(run / "test.csv", ("policy",)) for run in runs]
             best, last = (np.array([t[(who,)] for t in tests]) for who in ("best", "last"))
             against = expert[: best.shape[1]]
             steps, minutes = np.mean([cost(run) for run in runs], axis=0)
-            name = NAMES.get(row.removeprefix("sub_"), row.removeprefix("sub_"))
             scored[best.mean(), row] = (
-                f"| {name} | {len(runs)} × {best.shape[1]} | {best.mean():.1f} ± {best.std():.1f} "
+                f"| {name_of(row)} | {len(runs)} × {best.shape[1]} "
+                f"| {best.mean():.1f} ± {best.std():.1f} "
                 f"| {(best >= 300).mean():.1%} | {versus(best, against)} "
                 f"| {last.mean():.1f} | {versus(last, against)} "
                 f"| {steps / 1000:.0f}k | {minutes:.1f} |"
@@ -135,37 +150,53 @@ def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     return np.mean(steps, axis=0), np.array(means)
 
 
-def draw_curves(name: str, prefix: str, n: str) -> None:
-    """Validation returns over environment steps, the band from the worst to the best seed."""
-    figure, axes = plt.subplots(figsize=(9.5, 4.2), layout="constrained")
-    for row, runs in rows().items():
-        if row.startswith("sub_") != bool(prefix) or row.removeprefix(prefix) not in NAMES:
-            continue
-        steps, means = curve(runs)
-        label = NAMES[row.removeprefix(prefix)].replace("\\", "")
-        (line,) = axes.plot(
-            steps[1:], means.mean(axis=0)[1:], label=f"{label} ({len(runs)})", linewidth=1.5
+def draw_curves(name: str, *groups: str) -> None:
+    """Validation returns over environment steps, a panel for each group of experts.
+
+    The band goes from the worst to the best seed; the lines are the experts' test episodes.
+    """
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(10, 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    experts = expert_returns()
+    for axes, numbers in zip(panels[0], groups):
+        for row, runs in rows().items():
+            if teachers(runs[0]) != numbers:
+                continue
+            steps, means = curve(runs)
+            label = f"{name_of(row)} ({len(runs)})".replace("\\", "")
+            (line,) = axes.plot(steps[1:], means.mean(axis=0)[1:], label=label, linewidth=1.5)
+            axes.fill_between(
+                steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
+            )
+        n = best_of(numbers, experts)
+        log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
+        means = log["results"].mean(axis=1)
+        axes.plot(log["timesteps"], means, color="black", label="SAC from scratch")
+        axes.axhline(experts[n].mean(), color="black", linestyle="--", label=f"expert {n}")
+        if n != numbers:
+            axes.axhline(
+                experts[numbers].mean(), color="black", linestyle=":", label="experts together"
+            )
+        axes.set(
+            xscale="log",
+            xlabel="environment steps",
+            title=f"learning from {numbers.replace('+', ', ')}",
         )
-        axes.fill_between(
-            steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
-        )
-    log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
-    means = log["results"].mean(axis=1)
-    axes.plot(log["timesteps"], means, color="black", label="SAC from scratch")
-    expert = expert_returns()[n].mean()
-    axes.axhline(expert, color="black", linestyle="--", label=f"expert {n}, test episodes")
-    axes.set(xscale="log", xlabel="environment steps", ylabel="return, mean action")
-    axes.set_xlim(2e4, None)
-    figure.legend(loc="outside right upper", fontsize=8, title="(seeds)", title_fontsize=8)
+        axes.set_xlim(2e4, None)
+        axes.legend(fontsize=7, title="(seeds)", title_fontsize=7, loc="lower right")
+    panels[0, 0].set_ylabel("return, mean action")
     figure.savefig(HERE / name, dpi=110)
     plt.close(figure)
 
 
 def draw_histogram() -> None:
-    """Returns of the test episodes, best learners against the expert."""
-    learners = [read(run / "test.csv", ("policy",))[("best",)] for run in rows()["aggrevated"]]
+    """Returns of the test episodes, best learners against their best expert."""
+    runs, experts = rows()["aggrevated"], expert_returns()
+    learners = [read(run / "test.csv", ("policy",))[("best",)] for run in runs]
+    n = best_of(teachers(runs[0]), experts)
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    both = {"expert 1": expert_returns()["1"], "learner": np.concatenate(learners)}
+    both = {f"expert {n}": experts[n], "learner": np.concatenate(learners)}
     for label, x in both.items():
         weights = np.full(len(x), 1 / len(x))
         axes.hist(x, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
@@ -177,9 +208,8 @@ def draw_histogram() -> None:
 
 def main() -> None:
     print(table())
-    draw_curves("learning_curve.png", "", "1")
-    if "2" in expert_returns():
-        draw_curves("learning_curve_2.png", "sub_", "2")
+    draw_curves("learning_curve.png", "1+6+7+8+9", "1")
+    draw_curves("learning_curve_2.png", "3+4+5", "2")
     draw_histogram()
 
 

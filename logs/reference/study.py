@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import aggrevated  # noqa: E402
 
 SAC = "rl-trained-agents/sac/BipedalWalkerHardcore-v3_{}/BipedalWalkerHardcore-v3.zip"
-CLONED = dict(init_path="logs/reference/bc_s{seed}/best.pt", alpha_decay_iterations=1)
+CLONED = dict(init_path="logs/reference/single_bc_s{seed}/best.pt", alpha_decay_iterations=1)
 FAMILY = {
     "aggrevated": {},
     "dagger": dict(algorithm="dagger"),
@@ -51,14 +51,9 @@ ABLATIONS = {
     "hidden_256": dict(hidden_dim=256),
 }
 ROWS = FAMILY | ABLATIONS
-ROWS |= {
-    f"sub_{row}": dict(expert_path=SAC.format(2)) | FAMILY[row]
-    for row in ("aggrevated", "dagger", "bc", "aggrevate", "natural")
-}
+for prefix, n in {"single": 1, "sub": 2}.items():  # one expert: the strongest, a sub-optimal one
+    ROWS |= {f"{prefix}_{k}": dict(expert_path=SAC.format(n)) | v for k, v in FAMILY.items()}
 ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)))
-ROWS["council"] = dict(expert_path=",".join(SAC.format(n) for n in (1, 6, 7, 8, 9)))
-for how in ("min", "max"):
-    ROWS[f"sub_council_{how}"] = ROWS["sub_council"] | dict(combine=how)
 
 
 def play(config, who: str, episodes: int, weights=None) -> list[tuple]:
