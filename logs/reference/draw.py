@@ -86,9 +86,12 @@ def teachers(run: Path) -> str:
     return "+".join(re.findall(r"v3_(\d+)/", path))
 
 
-def best_of(numbers: str, experts: dict) -> str:
-    """The number of the best of several experts, on the test episodes."""
-    return max(numbers.split("+"), key=lambda n: experts[n].mean())
+def best_of(numbers: str) -> str:
+    """The number of the best of several experts, by their cards: other episodes than these."""
+    cards = {
+        n: EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "score.json" for n in numbers.split("+")
+    }
+    return max(cards, key=lambda n: json.loads(cards[n].read_text())["score"]["mean"])
 
 
 def cost(run: Path) -> tuple[float, float]:
@@ -108,7 +111,7 @@ def table() -> str:
     ]
     groups = sorted({teachers(run) for runs in found.values() for run in runs}, key=len)
     for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
-        n = best_of(numbers, experts)
+        n = best_of(numbers)
         expert = experts[n]
         if n != numbers:
             together, names = experts[numbers], numbers.replace("+", ", ")
@@ -169,7 +172,7 @@ def draw_curves(name: str, *groups: str) -> None:
             axes.fill_between(
                 steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
             )
-        n = best_of(numbers, experts)
+        n = best_of(numbers)
         log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
         means = log["results"].mean(axis=1)
         axes.plot(log["timesteps"], means, color="black", label="SAC from scratch")
@@ -194,7 +197,7 @@ def draw_histogram() -> None:
     """Returns of the test episodes, best learners against their best expert."""
     runs, experts = rows()["aggrevated"], expert_returns()
     learners = [read(run / "test.csv", ("policy",))[("best",)] for run in runs]
-    n = best_of(teachers(runs[0]), experts)
+    n = best_of(teachers(runs[0]))
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     both = {f"expert {n}": experts[n], "learner": np.concatenate(learners)}
     for label, x in both.items():
