@@ -1,7 +1,8 @@
 """Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030) on BipedalWalkerHardcore-v3.
 
-A tanh-Gaussian learner imitates a Stable-Baselines3 SAC expert.  It rolls in with a mixture of
-itself and the expert, and learns from the expert's cost-to-go Q*, which the SAC critics supply.
+A tanh-Gaussian learner imitates a Stable-Baselines3 SAC agent, or several that decide together.
+It rolls in with a mixture of itself and this expert, and learns from the expert's cost-to-go Q*,
+which the SAC critics supply.
 The file follows Algorithm 1: Config, policy, expert, roll-in, update, evaluation, the loop.
 Rewards are maximised here where the paper minimises costs.
 
@@ -228,7 +229,7 @@ class PolicyNetwork(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. The expert: a SAC agent whose twin critics are Q*
+# 3. The expert: a SAC agent whose twin critics are Q*, or a council of several
 # ------------------------------------------------------------------------------------------------
 MAX_ZIP_BYTES = 500_000_000  # unpacked; a SAC agent has a few MB
 
@@ -318,14 +319,12 @@ class SACExpert(nn.Module):
     @staticmethod
     def _build(data, state, observation_space, action_space):
         """SB3's own SACPolicy in the sizes of `state`, loaded with it."""
-        if "actor.mu.weight" not in state and "actor.mu.0.weight" not in state:
+        mu = state.get("actor.mu.weight", state.get("actor.mu.0.weight"))  # the latter with gSDE
+        if mu is None:
             raise UserError("The expert is not a SAC agent (it has no Gaussian actor); choose one.")
         pi, qf = layer_sizes(state, "actor.latent_pi"), layer_sizes(state, "critic.qf0")[:-1]
-        state_dim = state["critic.qf0.0.weight"].shape[1]
-        action_dim = state[
-            "actor.mu.bias" if "actor.mu.bias" in state else "actor.mu.0.bias"
-        ].shape[0]
-        state_dim -= action_dim
+        action_dim = mu.shape[0]
+        state_dim = state["critic.qf0.0.weight"].shape[1] - action_dim
         sizes = (state_dim, action_dim), observation_space.shape + action_space.shape
         if sizes[0] != sizes[1]:
             raise UserError(
@@ -333,10 +332,7 @@ class SACExpert(nn.Module):
                 f"environment {sizes[1][0]} and {sizes[1][1]}; choose an expert trained on it."
             )
         n_critics = len({k.split(".")[1] for k in state if k.startswith("critic.qf")})
-        pairs = [
-            *zip([state_dim, *pi], pi),
-            *(n_critics * [*zip([state_dim + action_dim, *qf], qf)]),
-        ]
+        pairs = [*zip([state_dim, *pi], pi), *n_critics * [*zip([state_dim + action_dim, *qf], qf)]]
         if n_critics > 100 or 4 * sum(a * b for a, b in pairs) > MAX_ZIP_BYTES:
             raise UserError("The expert's network is implausibly large; get it again.")
         kwargs = data.get("policy_kwargs") or {}
@@ -385,8 +381,8 @@ class SACExpert(nn.Module):
 class Council(nn.Module):
     """Several experts as one: combined Q*, and the mean of their actions under softmax(Q* / T).
 
-    The mean is smooth in the state, so that a learner can imitate it.  With T = 0 and `max` this is
-    MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
+    The mean is smooth in the state, so that a learner can imitate it.  With T = 0 and `max` this
+    comes close to MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
     """
 
     def __init__(self, members: list[SACExpert], how="mean", temperature=0.0):
@@ -445,9 +441,7 @@ def make_env(env_name: str, render_mode=None) -> gym.Env:
     obs, act = env.observation_space, env.action_space
     if not isinstance(act, gym.spaces.Box) or len(act.shape) != 1:
         raise UserError(f"{env_name} has {act} actions; choose one with a 1-D Box of actions.")
-    if not (
-        np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.high > act.low).all()
-    ):
+    if not (np.isfinite([act.low, act.high]).all() and (act.high > act.low).all()):
         raise UserError(
             f"{env_name} has unbounded actions; choose one whose Box has finite bounds."
         )
@@ -641,7 +635,8 @@ def gap_weights(q_expert, q_learner, factor: float, cut: float):
     gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs not to do as the expert does.
     """
     gap = (q_expert - q_learner).clamp(min=0)
-    weights = (1 + factor * gap / gap.mean().clamp(min=1e-8)).clamp(max=cut)
+    mean = gap.mean().clamp(min=1e-4)  # less is rounding
+    weights = (1 + factor * gap / mean).clamp(max=cut)
     return weights / weights.mean()
 
 
@@ -773,12 +768,8 @@ class AggreVateDAgent:
     def label(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Label the trajectories in one batch and keep them as, or with, the experience."""
         c = self.config
-        state, action = (
-            torch.from_numpy(np.concatenate([getattr(t, name) for t in trajectories])).to(
-                self.device
-            )
-            for name in ("states", "actions")
-        )
+        arrays = ([getattr(t, name) for t in trajectories] for name in ("states", "actions"))
+        state, action = (torch.from_numpy(np.concatenate(x)).to(self.device) for x in arrays)
         with torch.no_grad():
             expert_action = in_chunks(self.expert.predict, state)
             values = in_chunks(self.expert.critics, state, expert_action)  # (T, n_critics)
@@ -804,7 +795,7 @@ class AggreVateDAgent:
 
     # -- update: line 5 --------------------------------------------------------------------------
     def normalize_q_star(self, q_star):
-        """The seed's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
+        """The weights of `minmax`: Q* of the executed actions, shifted and scaled to [0, 1]."""
         return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
 
     def _noise(self, n: int, *stream: int) -> torch.Tensor:
@@ -836,7 +827,8 @@ class AggreVateDAgent:
         """-mean(w log pi(target | s)); for the pathwise estimator -mean(Q*(s, pi(s)))."""
         if self.method == "pathwise":
             return -self.expert.q_star(state, self.policy.predict(state)).mean()
-        log_prob = self.policy.get_log_prob(state, target, self.config.target_clip)
+        limit = 1 - 1e-6 if self.method in ON_POLICY else self.config.target_clip  # own: uncut
+        log_prob = self.policy.get_log_prob(state, target, limit)
         return -(weight * log_prob).mean()  # (N, 1) * (N, 1)
 
     def update(self, iteration: int) -> dict[str, float]:
@@ -973,9 +965,7 @@ class AggreVateDAgent:
         scalars |= self.update(n) | self.diagnose(n_new)
         return scalars | {
             "rollout/episode_reward": float(np.mean([t.episode_return for t in trajectories])),
-            "rollout/expert_fraction": float(
-                np.concatenate([t.by_expert for t in trajectories]).mean()
-            ),
+            "rollout/expert_fraction": float(sum(t.by_expert.sum() for t in trajectories) / n_new),
             "time/env_steps": self.env_steps,
             "time/env_steps_per_second": n_new / (rolled_in - started),
             "time/iteration_seconds": time.perf_counter() - started,
@@ -1023,12 +1013,8 @@ class AggreVateDAgent:
         frames = record(self.config, self.policy, self.horizon, "rgb_array")
         gif = encode_gif(frames)
         (self.run_dir / "final.gif").write_bytes(gif)
-        image = Summary.Image(
-            height=frames[0].shape[0],
-            width=frames[0].shape[1],
-            colorspace=3,
-            encoded_image_string=gif,
-        )
+        height, width, _ = frames[0].shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         summary = Summary(value=[Summary.Value(tag="final_policy", image=image)])
         self.writer.file_writer.add_summary(summary, self.iteration)
         self.writer.flush()
@@ -1043,18 +1029,8 @@ class AggreVateDAgent:
     # -- files -------------------------------------------------------------------------------------
     def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
         """Append a line per episode, after cutting off what a killed run wrote unsaved."""
-        rows = [
-            (
-                self.iteration,
-                self.env_steps,
-                f"{self.seconds:.1f}",
-                who,
-                i,
-                t.episode_return,
-                len(t),
-            )
-            for i, t in enumerate(episodes)
-        ]
+        now = self.iteration, self.env_steps, f"{self.seconds:.1f}", who
+        rows = [(*now, i, t.episode_return, len(t)) for i, t in enumerate(episodes)]
         with open(self.run_dir / "evaluations.csv", "a+", newline="") as file:
             self.csv_bytes = min(self.csv_bytes, file.seek(0, os.SEEK_END))
             file.truncate(self.csv_bytes)
@@ -1106,7 +1082,9 @@ class AggreVateDAgent:
                 }
                 experience["state"] = torch.empty(size[0], self.policy.fc1.in_features)
                 adam = self.config.optimizer == "adam"
-                for i, p in enumerate(self.policy.parameters() if adam else ()):
+                for i, (name, p) in enumerate(self.policy.named_parameters() if adam else ()):
+                    if self.method == "pathwise" and name.startswith("log_std"):
+                        continue  # its loss does not have them
                     p = p.detach().cpu()
                     moments[i] = dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
             wanted |= dict(optimizer=moments, experience=experience)
@@ -1320,7 +1298,7 @@ def interrupt(*_):
 
 
 def main(argv=None) -> int:
-    """Run the command line; the exit status is 2 for bad input, 130 after an interruption."""
+    """Run the command line; the exit status is 2 after an error, 130 after Ctrl-C."""
     agent = resume = None
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1341,10 +1319,8 @@ def main(argv=None) -> int:
             print(f"python aggrevated.py --resume {run_dir}")
         return 130
     except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        print(
-            f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}",
-            file=sys.stderr,
-        )
+        text = str(error) or "out of memory"
+        print(f"error: {text.splitlines()[0]}", file=sys.stderr)
         return 2
     finally:
         if agent:

@@ -212,9 +212,16 @@ def test_start_from_another_runs_policy(finished, run_small, run_main, small, tm
     assert wrong.status == 2 and "do not fit" in wrong.err and not (tmp_path / "wrong").exists()
 
 
-def test_natural_gradient_resumes_to_the_same_weights(run_small, run_main):
-    whole = run_small("whole", optimizer="natural")
-    half = run_small("half", optimizer="natural", max_iteration=1)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        dict(optimizer="natural"), dict(weighting="pathwise"), dict(weighting="score"),
+        dict(weighting="minmax"), dict(algorithm="aggrevate"), dict(algorithm="reinforce"),
+    ],
+    ids=lambda choice: "-".join(choice.values()),
+)  # fmt: skip
+def test_every_choice_resumes_to_the_same_weights(choice, run_small, run_main):
+    whole, half = run_small("whole", **choice), run_small("half", **choice, max_iteration=1)
     assert run_main("--resume", half, max_iteration=2).status == 0
     a, b = checkpoint(whole / "last.pt"), checkpoint(half / "last.pt")
     assert a["iteration"] == b["iteration"] == 2 and equal(a["policy"], b["policy"])
