@@ -4,7 +4,7 @@
 
 A run lands in logs/reference/ROW_sSEED with its config, evaluations, events and best.pt; test.csv
 has the returns on fresh test episodes, the same terrains for every row.  What is there already is
-not done again.  One process uses one core.
+not done again, and more --episodes are added to those there.  One process uses one core.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,42 +57,55 @@ for prefix, n in {"single": 1, "sub": 2}.items():  # one expert: the strongest, 
 ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)))
 
 
-def play(config, who: str, episodes: int, weights=None) -> list[tuple]:
-    """(return, length) of test episodes of "learner" or "expert"."""
+def play(config, who: str, episodes: range, weights=None) -> list[tuple]:
+    """(return, length) of test episodes of "learner" or "expert", by the mean action."""
     agent = aggrevated.AggreVateDAgent(replace(config, n_workers=1, init_path=""))
     if weights is not None:
         agent.policy.load_state_dict(weights)
     agent.workers = aggrevated.Workers(agent.config)
-    played = agent.evaluate(who, episodes, aggrevated.TEST)
-    return [(t.episode_return, len(t)) for t in played]
+    alpha = {"learner": 0.0, "expert": 1.0}[who]
+    jobs = [aggrevated.Job((aggrevated.TEST, i), alpha, 0.0, agent.horizon) for i in episodes]
+    return [(t.episode_return, len(t)) for t in agent.workers.run(agent.policy, jobs)]
 
 
-def write(path: Path, rows) -> None:
+def add(path: Path, played: dict, episodes: int) -> None:
+    """Bring test.csv up to so many episodes of every policy; played[policy](range) plays some."""
+    rows = {who: [] for who in played}
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                rows[row["policy"]].append((row["return"], row["length"]))
+    for who, play_some in played.items():
+        if len(rows[who]) < episodes:
+            rows[who] += play_some(range(len(rows[who]), episodes))
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("policy", "episode", "return", "length"), *rows])
+        table = csv.writer(file)
+        table.writerow(("policy", "episode", "return", "length"))
+        table.writerows((who, i, *x) for who in rows for i, x in enumerate(rows[who]))
 
 
 def score(run: Path, episodes: int) -> None:
     """Write run/test.csv for the best and the last policy; the expert's is beside the runs."""
-    rows = []
     states = {w: aggrevated.load_checkpoint(run / f"{w}.pt") for w in ("best", "last")}
-    for who, state in states.items():
-        if who == "last" and state["iteration"] == states["best"]["iteration"]:
-            played = [row[2:] for row in rows]  # the same policy
-        else:
-            played = play(state["config"], "learner", episodes, state["policy"])
-        rows += [(who, i, *x) for i, x in enumerate(played)]
-    write(run / "test.csv", rows)
+    if states["last"]["iteration"] == states["best"]["iteration"]:  # the same policy
+        states["last"] = states["best"]
+    cache = {}
+
+    def play_some(state, indices):
+        key = id(state), indices
+        if key not in cache:
+            cache[key] = play(state["config"], "learner", indices, state["policy"])
+        return cache[key]
+
+    add(run / "test.csv", {w: partial(play_some, s) for w, s in states.items()}, episodes)
 
 
 def score_expert(n: str, episodes: int) -> None:
     """Write expert_n/test.csv: the same episodes, played by the expert itself."""
+    config = aggrevated.Config(expert_path=",".join(map(SAC.format, n.split("+")))).check()
     folder = HERE / f"expert_{n}"
-    if not folder.exists():
-        config = aggrevated.Config(expert_path=",".join(map(SAC.format, n.split("+")))).check()
-        played = play(config, "expert", episodes)
-        folder.mkdir()
-        write(folder / "test.csv", [("expert", i, *x) for i, x in enumerate(played)])
+    folder.mkdir(exist_ok=True)
+    add(folder / "test.csv", {"expert": partial(play, config, "expert")}, episodes)
 
 
 def strip(path: Path) -> None:
@@ -130,9 +144,8 @@ def main() -> None:
             folder = HERE / f"{row}_s{seed}"
             if not folder.exists():
                 train(row, seed, folder)
-            if not (folder / "test.csv").exists():
-                score(folder, args.episodes)
-                print(f"{folder.name} scored", flush=True)
+            score(folder, args.episodes)
+            print(f"{folder.name} scored", flush=True)
 
 
 if __name__ == "__main__":
