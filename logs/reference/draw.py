@@ -159,7 +159,7 @@ def draw_curves(name: str, *groups: str) -> None:
     The band goes from the worst to the best seed; the lines are the experts' test episodes.
     """
     figure, panels = plt.subplots(
-        1, len(groups), figsize=(10, 4.2), layout="constrained", sharey=True, squeeze=False
+        1, len(groups), figsize=(10, 5), layout="constrained", sharey=True, squeeze=False
     )
     experts = expert_returns()
     for axes, numbers in zip(panels[0], groups):
@@ -181,13 +181,11 @@ def draw_curves(name: str, *groups: str) -> None:
             axes.axhline(
                 experts[numbers].mean(), color="black", linestyle=":", label="experts together"
             )
-        axes.set(
-            xscale="log",
-            xlabel="environment steps",
-            title=f"learning from {numbers.replace('+', ', ')}",
-        )
+        names = f"expert{'s' * ('+' in numbers)} {numbers.replace('+', ', ')}"
+        title = f"learned from {names} (seeds)"
+        axes.set(xscale="log", xlabel="environment steps", title=title)
         axes.set_xlim(2e4, None)
-        axes.legend(fontsize=7, title="(seeds)", title_fontsize=7, loc="lower right")
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0, 0].set_ylabel("return, mean action")
     figure.savefig(HERE / name, dpi=110)
     plt.close(figure)
