@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import aggrevated  # noqa: E402
 
 SAC = "rl-trained-agents/sac/BipedalWalkerHardcore-v3_{}/BipedalWalkerHardcore-v3.zip"
+FILM = aggrevated.AggreVateDAgent.film
 CLONED = dict(init_path="logs/reference/single_bc_s{seed}/best.pt", alpha_decay_iterations=1)
 FAMILY = {
     "aggrevated": {},
@@ -121,8 +122,8 @@ def train(row: str, seed: int, folder: Path) -> None:
         options["init_path"] = options["init_path"].format(seed=seed)
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as log_dir:
         log_dir = os.path.relpath(log_dir)  # it ends up in the run's own files
-        if (row, seed) != ("aggrevated", 0):  # one film is enough, they are large
-            aggrevated.AggreVateDAgent.film = lambda agent: None
+        one = (row, seed) == ("aggrevated", 0)  # films are large
+        aggrevated.AggreVateDAgent.film = FILM if one else lambda agent: None
         if aggrevated.main([f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]):
             sys.exit(f"{row}, seed {seed} stopped")
         (run,) = Path(log_dir).iterdir()
