@@ -30,6 +30,8 @@ def draw():
 def test_results_table_is_what_the_logs_say(draw):
     table = draw.table()
     assert table.count("\n") > 5 and table in README
+    for sentence in draw.sentences().split("\n"):
+        assert sentence.split(": ")[1] in " ".join(README.split())
 
 
 def test_paired_interval_is_that_of_the_normal_distribution(draw):
@@ -37,7 +39,7 @@ def test_paired_interval_is_that_of_the_normal_distribution(draw):
     rng = np.random.default_rng(0)
     expert = rng.normal(200, 100, 500)
     learner = expert[None] + rng.normal(5, 20, (1, 500))
-    low, high = draw.paired_interval(learner, expert)
+    low, high = draw.paired_interval(learner, expert[None])
     difference = (learner - expert)[0]
     half = 1.96 * difference.std() / 500**0.5
     assert low == pytest.approx(difference.mean() - half, abs=0.2)

@@ -58,21 +58,31 @@ def expert_returns() -> dict[str, np.ndarray]:
     return {p.parent.name[7:]: np.array(read(p, ("policy",))[("expert",)]) for p in paths}
 
 
-def paired_interval(learner: np.ndarray, expert: np.ndarray, draws=4000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean difference of (seeds, episodes), over both."""
-    rng, difference = np.random.default_rng(0), learner - expert
-    seeds, episodes = difference.shape
+def paired_interval(a: np.ndarray, b: np.ndarray, draws=4000) -> tuple[float, float]:
+    """95 % bootstrap interval of mean(a) - mean(b), each (seeds, episodes), over both.
+
+    The episodes are the same for a and b, the seeds are not.
+    """
+    rng, episodes, means = np.random.default_rng(0), a.shape[1], 0.0
     # how often each episode, and each seed, is drawn: means are then products
     e = rng.multinomial(episodes, np.full(episodes, 1 / episodes), size=draws) / episodes
-    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
-    means = np.einsum("ds,se,de->d", s, difference, e, optimize=True)
+    for sign, x in ((1, a), (-1, b)):
+        s = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws) / len(x)
+        means += sign * np.einsum("ds,se,de->d", s, x, e, optimize=True)
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
-def versus(learner: np.ndarray, expert: np.ndarray) -> str:
-    """Mean paired difference of (seeds, episodes) with its interval, as the table has it."""
-    low, high = paired_interval(learner, expert)
-    return f"{(learner - expert).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+def versus(a: np.ndarray, b: np.ndarray) -> str:
+    """Mean of a over that of b, by the episodes that both have, with its interval."""
+    a, b = np.atleast_2d(a), np.atleast_2d(b)
+    n = min(a.shape[1], b.shape[1])
+    low, high = paired_interval(a[:, :n], b[:, :n])
+    return f"{a[:, :n].mean() - b[:, :n].mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def test_returns(runs: list[Path], who: str) -> np.ndarray:
+    """Test returns (seeds, episodes) of the runs' "best" or "last" policies."""
+    return np.array([read(run / "test.csv", ("policy",))[(who,)] for run in runs])
 
 
 def name_of(row: str) -> str:
@@ -115,10 +125,11 @@ def table() -> str:
         expert = experts[n]
         if n != numbers:
             together, names = experts[numbers], numbers.replace("+", ", ")
+            singly = ", ".join(f"{experts[k].mean():.1f}" for k in numbers.split("+"))
             lines.append(
-                f"| **experts {names} together** | 1 × {len(together)} "
+                f"| **experts {names} together** (singly {singly}) | 1 × {len(together)} "
                 f"| {together.mean():.1f} ± {together.std():.1f} | {(together >= 300).mean():.1%} "
-                f"| {versus(together[None], expert)} | | | | |"
+                f"| {versus(together, expert)} | | | | |"
             )
         lines.append(
             f"| **expert {n}{', the best of them' if n != numbers else ''}** | 1 × {len(expert)} "
@@ -128,15 +139,13 @@ def table() -> str:
         mine = {row: runs for row, runs in found.items() if teachers(runs[0]) == numbers}
         scored = {}
         for row, runs in mine.items():
-            tests = [read(run / "test.csv", ("policy",)) for run in runs]
-            best, last = (np.array([t[(who,)] for t in tests]) for who in ("best", "last"))
-            against = expert[: best.shape[1]]
+            best, last = test_returns(runs, "best"), test_returns(runs, "last")
             steps, minutes = np.mean([cost(run) for run in runs], axis=0)
             scored[best.mean(), row] = (
                 f"| {name_of(row)} | {len(runs)} × {best.shape[1]} "
                 f"| {best.mean():.1f} ± {best.std():.1f} "
-                f"| {(best >= 300).mean():.1%} | {versus(best, against)} "
-                f"| {last.mean():.1f} | {versus(last, against)} "
+                f"| {(best >= 300).mean():.1%} | {versus(best, expert)} "
+                f"| {last.mean():.1f} | {versus(last, expert)} "
                 f"| {steps / 1000:.0f}k | {minutes:.1f} |"
             )
         lines += [scored[k] for k in sorted(scored, reverse=True)]
@@ -194,10 +203,9 @@ def draw_curves(name: str, *groups: str) -> None:
 def draw_histogram() -> None:
     """Returns of the test episodes, best learners against their best expert."""
     runs, experts = rows()["aggrevated"], expert_returns()
-    learners = [read(run / "test.csv", ("policy",))[("best",)] for run in runs]
     n = best_of(teachers(runs[0]))
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    both = {f"expert {n}": experts[n], "learner": np.concatenate(learners)}
+    both = {f"expert {n}": experts[n], "learner": test_returns(runs, "best").ravel()}
     for label, x in both.items():
         weights = np.full(len(x), 1 / len(x))
         axes.hist(x, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
@@ -207,8 +215,21 @@ def draw_histogram() -> None:
     plt.close(figure)
 
 
+def sentences() -> str:
+    """The differences that the README has beside its table."""
+    learner, expert = test_returns(rows()["aggrevated"], "best"), expert_returns()["1"]
+    dagger = test_returns(rows()["dagger"], "best")
+    alone = test_returns(rows()["single_aggrevated"], "best")
+    alone_dagger = test_returns(rows()["single_dagger"], "best")
+    return (
+        f"minus expert 1, first 500 episodes: {versus(learner[:, :500], expert)}\n"
+        f"minus DAgger: {versus(learner, dagger)}\n"
+        f"minus DAgger, expert 1 alone: {versus(alone, alone_dagger)}"
+    )
+
+
 def main() -> None:
-    print(table())
+    print(table(), sentences(), sep="\n\n")
     draw_curves("learning_curve.png", "1+6+7+8+9", "1")
     draw_curves("learning_curve_2.png", "3+4+5", "2")
     draw_histogram()
