@@ -22,6 +22,7 @@ EXPERTS = HERE.parents[1] / "rl-trained-agents" / "sac"
 NAMES = {
     "aggrevated": "AggreVaTeD",
     "council": "AggreVaTeD",
+    "hidden_256": "AggreVaTeD, 256 hidden units",
     "aggrevate": "AggreVaTe",
     "dagger": "DAgger",
     "bc": "behaviour cloning",
@@ -209,7 +210,7 @@ def draw_histogram() -> None:
     for label, x in both.items():
         weights = np.full(len(x), 1 / len(x))
         axes.hist(x, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
-    axes.set(xlabel="return of a test episode", ylabel="share")
+    axes.set(xlabel="return of a test episode", ylabel="share, log scale", yscale="log")
     axes.legend()
     figure.savefig(HERE / "returns.png", dpi=110)
     plt.close(figure)
