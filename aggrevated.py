@@ -100,7 +100,7 @@ class Config:
     n_workers: int = option(
         2, "processes that simulate; one per core, 1 starts none", low=1, high=64
     )
-    n_threads: int = option(1, "torch threads of each process; more is slower at this size", low=1)
+    n_threads: int = option(2, "torch threads of labels and update; each worker takes 1", low=1)
 
     max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", low=1)
     alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 20", low=1)
@@ -563,7 +563,7 @@ def serve(connection, config: Config, n_envs: int) -> None:
     """A worker's life: simulate the jobs that arrive until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(config.n_threads)
+    torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         simulator = Simulator(config, n_envs)

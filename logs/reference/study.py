@@ -117,7 +117,7 @@ def strip(path: Path) -> None:
 
 def train(row: str, seed: int, folder: Path) -> None:
     """One run into `folder`, by the command that a user would give."""
-    options = ROWS[row] | dict(seed=seed, n_workers=1)
+    options = ROWS[row] | dict(seed=seed, n_workers=1, n_threads=1)
     if "init_path" in options:
         options["init_path"] = options["init_path"].format(seed=seed)
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as log_dir:
