@@ -300,9 +300,9 @@ SAC agents (Stable-Baselines3) trained by `train_sac.py`, chosen and scored by `
 also wrote this page from the `score.json` of each agent.  The zips hold the policy and its critics
 without optimiser state; raw logs (`evaluations.npz`, TensorBoard events) lie beside them.
 
-BipedalWalkerHardcore-v3_1 was to reach 280, better 300, and does not.  Its Q\\* lies below the return
-that comes: SAC bootstraps from the smaller of its two critics.  AggreVaTeD uses differences of Q\\*
-between actions in one state only, where a constant cancels.
+BipedalWalkerHardcore-v3_1 was to reach 280, better 300, and does not.  Its Q\\* lies below the
+return that comes: SAC bootstraps from the smaller of its two critics.  AggreVaTeD uses differences
+of Q\\* between actions in one state only, where a constant cancels.
 """
 
 

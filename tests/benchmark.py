@@ -105,7 +105,7 @@ def measure_roll_in(agent, pools, processes, size):
 
 def measure_update(agent, size, device, batch_sz):
     """(c) Microseconds of the update and of its weights, per sample."""
-    c = replace(agent.config, batch_sz=batch_sz, train_repeat=1, device=device)
+    c = replace(agent.config, batch_sz=batch_sz, train_repeat=1, device=device, lr=1e-3)
     ours, where = ag.AggreVateDAgent(c), f"sample and pass, batch {batch_sz}, {device}"
     ours.policy.load_state_dict(agent.policy.state_dict())
     ours.experience = {k: v[:20_000].to(device) for k, v in agent.experience.items()}

@@ -78,9 +78,9 @@ def small(expert_zip):
     def values(**changes) -> dict:
         return dict(
             env_name="Pendulum-v1", expert_path=str(expert_zip), device="cpu", n_workers=1,
-            n_threads=1, K=2, H=40, max_iteration=2, alpha_decay_iterations=2, eval_every=1, eval_episodes=2,
-            hidden_dim=16, batch_sz=32, train_repeat=3, lr=1e-3, final_lr=1e-4, log_std_min=-5,
-            log_std_max=1, target_clip=0.99,
+            n_threads=1, K=2, H=40, max_iteration=2, alpha_decay_iterations=2, eval_every=1,
+            eval_episodes=2, hidden_dim=16, batch_sz=32, train_repeat=3, lr=1e-3, final_lr=1e-4,
+            log_std_min=-5, log_std_max=1, target_clip=0.99,
         ) | changes  # fmt: skip
 
     return values

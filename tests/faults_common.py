@@ -110,9 +110,9 @@ class Bomb:
 def options(log_dir, expert, env_name=PLAIN, **changes) -> list[str]:
     """The command line of a run of well under a second."""
     values = dict(
-        env_name=env_name, expert_path=expert, log_dir=log_dir, device="cpu", n_workers=1, n_threads=1, K=2, H=8,
-        max_iteration=3, alpha_decay_iterations=2, eval_every=2, eval_episodes=2, hidden_dim=8,
-        batch_sz=4, train_repeat=1,
+        env_name=env_name, expert_path=expert, log_dir=log_dir, device="cpu", n_workers=1,
+        n_threads=1, K=2, H=8, max_iteration=3, alpha_decay_iterations=2, eval_every=2,
+        eval_episodes=2, hidden_dim=8, batch_sz=4, train_repeat=1,
     ) | changes  # fmt: skip
     return [f"--{k}={v}" for k, v in values.items()]
 

@@ -34,6 +34,10 @@ def test_results_table_is_what_the_logs_say(draw):
         assert sentence.split(": ")[1] in " ".join(README.split())
 
 
+def test_speed_table_is_what_the_benchmark_saved(draw):
+    assert draw.speed().count("\n") > 5 and draw.speed() in README
+
+
 def test_paired_interval_is_that_of_the_normal_distribution(draw):
     """For one seed the bootstrap's interval is mean +- 1.96 standard errors."""
     rng = np.random.default_rng(0)
