@@ -48,7 +48,8 @@ from tqdm import tqdm
 # cannot disturb training and a resumed run needs no generator states.  TUNING has test episodes
 # that were looked at while settings were chosen; reported scores use TEST.
 ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TUNING, TEST = range(6)
-HARDCORE, SAC_DIR = "BipedalWalkerHardcore-v3", "rl-trained-agents/sac"
+HARDCORE = "BipedalWalkerHardcore-v3"
+SAC_ZIP = f"rl-trained-agents/sac/{HARDCORE}_{{}}/{HARDCORE}.zip"  # of the expert with this number
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
 
 
@@ -70,7 +71,7 @@ class Config:
 
     env_name: str = option(HARDCORE, "Gymnasium id; bounded Box actions")
     expert_path: str = option(
-        ",".join(f"{SAC_DIR}/{HARDCORE}_{n}/{HARDCORE}.zip" for n in (1, 6, 7, 8, 9)),
+        ",".join(map(SAC_ZIP.format, (1, 6, 7, 8, 9))),
         "SAC zip of any Stable-Baselines3 version; several, with commas between, become one expert",
     )
     combine: str = option(
@@ -385,7 +386,7 @@ class Council(nn.Module):
     comes close to MAMBA's state-wise best expert (Cheng et al., NeurIPS 2020).
     """
 
-    def __init__(self, members: list[SACExpert], how="mean", temperature=0.0):
+    def __init__(self, members: list[SACExpert], how: str, temperature: float):
         super().__init__()
         self.members, self.how, self.temperature = nn.ModuleList(members), how, temperature
         self.gamma = members[0].gamma
@@ -827,8 +828,9 @@ class AggreVateDAgent:
         """-mean(w log pi(target | s)); for the pathwise estimator -mean(Q*(s, pi(s)))."""
         if self.method == "pathwise":
             return -self.expert.q_star(state, self.policy.predict(state)).mean()
-        limit = 1 - 1e-6 if self.method in ON_POLICY else self.config.target_clip  # own: uncut
-        log_prob = self.policy.get_log_prob(state, target, limit)
+        own = self.method in ON_POLICY  # samples of pi, not to be cut like the expert's actions
+        cut = {} if own else dict(limit=self.config.target_clip)
+        log_prob = self.policy.get_log_prob(state, target, **cut)
         return -(weight * log_prob).mean()  # (N, 1) * (N, 1)
 
     def update(self, iteration: int) -> dict[str, float]:
@@ -921,12 +923,15 @@ class AggreVateDAgent:
         }
 
     # -- evaluation: line 7 ------------------------------------------------------------------------
-    def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION) -> list[Trajectory]:
-        """Deterministic episodes of "learner" or "expert", the same terrains at every call."""
+    def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION, first=0):
+        """Trajectories of "learner" or "expert", deterministic, the same terrains at every call.
+
+        They are the episodes from number `first` up to `n_episodes`.
+        """
         alpha = {"learner": 0.0, "expert": 1.0}[who]
         jobs = [
             Job((stream, i), alpha, noise=0.0, horizon=self.horizon)
-            for i in range(n_episodes or self.config.eval_episodes)
+            for i in range(first, n_episodes or self.config.eval_episodes)
         ]
         return self.workers.run(self.policy, jobs)
 
@@ -1298,7 +1303,7 @@ def interrupt(*_):
 
 
 def main(argv=None) -> int:
-    """Run the command line; the exit status is 2 after an error, 130 after Ctrl-C."""
+    """Run the command line; the exit status is 2 after an error, 130 after an interruption."""
     agent = resume = None
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

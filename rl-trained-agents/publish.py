@@ -261,9 +261,9 @@ def write_cards() -> None:
         card, name = json.loads(path.read_text()), path.parent.name
         s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
         chosen, learner = "for its place in the run, not for its score", ""
-        solved = f"{s['success_rate']:.1%} of them at 300 or more; " if "Walker" in name else ""
-        failures = ""
+        solved = failures = ""
         if "Walker" in name:
+            solved = f"{s['success_rate']:.1%} of them at 300 or more; "
             returns = np.loadtxt(path.parent / "returns.csv")
             failures = (
                 f"- **Known failures**: a fall in {q['falls']} of those {len(returns)} episodes; "

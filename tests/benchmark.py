@@ -105,6 +105,7 @@ def measure_roll_in(agent, pools, processes, size):
 
 def measure_update(agent, size, device, batch_sz):
     """(c) Microseconds of the update and of its weights, per sample."""
+    # small steps, so that rounding does not lead the two loops apart
     c = replace(agent.config, batch_sz=batch_sz, train_repeat=1, device=device, lr=1e-3)
     ours, where = ag.AggreVateDAgent(c), f"sample and pass, batch {batch_sz}, {device}"
     ours.policy.load_state_dict(agent.policy.state_dict())
@@ -205,9 +206,8 @@ def measure_iteration(agent, processes, size):
         "(e) its checkpoint": partial(here, "save", "last.pt"),
         "(e) iteration, only its own transitions kept": partial(own, "iterate", n),
     }
-    council = copy.copy(agent)  # asks the default's experts, if they fit, for labels and weights
-    if c.env_name == ag.HARDCORE:
-        path = ag.Config.expert_path
+    if c.env_name == ag.HARDCORE:  # the default's experts fit: labels and weights by all of them
+        council, path = copy.copy(agent), ag.Config.expert_path
         council.expert = ag.load_expert(replace(c, expert_path=path), ag.make_env(c.env_name))
         several = f"{path.count(',') + 1} experts"
         tasks[f"(e) labels of {several}"] = partial(part, council, start, full, "label", done)

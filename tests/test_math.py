@@ -289,7 +289,7 @@ def council(tmp_path, how):
         SACExpert(make_sac(tmp_path / f"{i}.zip", seed=i), *SPACES)
         for i in range(3)
     ]  # fmt: skip
-    return experts, Council(experts, how)
+    return experts, Council(experts, how, 0.0)
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "max"])
@@ -328,7 +328,7 @@ def test_council_of_one_discount(tmp_path):
     experts, _ = council(tmp_path, "mean")
     experts[1].gamma = 0.5
     with pytest.raises(UserError, match="discount"):
-        Council(experts, "mean")
+        Council(experts, "mean", 0.0)
 
 
 # -- the natural gradient --------------------------------------------------------------------------

@@ -112,6 +112,15 @@ def cost(run: Path) -> tuple[float, float]:
     return float(last["env_steps"]), float(last["seconds"]) / 60
 
 
+def cells(returns: np.ndarray) -> str:
+    """The table's cells about test returns: how many there are, their mean and success rate."""
+    seeds, episodes = np.atleast_2d(returns).shape
+    return (
+        f"{seeds} × {episodes} | {returns.mean():.1f} ± {returns.std():.1f} "
+        f"| {(returns >= 300).mean():.1%}"
+    )
+
+
 def table() -> str:
     """The README's table: test episodes of each row's best and last policies beside the expert."""
     experts, found = expert_returns(), rows()
@@ -120,7 +129,7 @@ def table() -> str:
         "| minus expert (95 % CI) | last iterate | minus expert (95 % CI) | steps | min |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    groups = sorted({teachers(run) for runs in found.values() for run in runs}, key=len)
+    groups = {teachers(run) for runs in found.values() for run in runs}
     for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
         n = best_of(numbers)
         expert = experts[n]
@@ -128,24 +137,18 @@ def table() -> str:
             together, names = experts[numbers], numbers.replace("+", ", ")
             singly = ", ".join(f"{experts[k].mean():.1f}" for k in numbers.split("+"))
             lines.append(
-                f"| **experts {names} together** (singly {singly}) | 1 × {len(together)} "
-                f"| {together.mean():.1f} ± {together.std():.1f} | {(together >= 300).mean():.1%} "
+                f"| **experts {names} together** (singly {singly}) | {cells(together)} "
                 f"| {versus(together, expert)} | | | | |"
             )
-        lines.append(
-            f"| **expert {n}{', best by its card' if n != numbers else ''}** | 1 × {len(expert)} "
-            f"| {expert.mean():.1f} ± {expert.std():.1f} "
-            f"| {(expert >= 300).mean():.1%} | | | | | |"
-        )
+        card = ", best by its card" if n != numbers else ""
+        lines.append(f"| **expert {n}{card}** | {cells(expert)} | | | | | |")
         mine = {row: runs for row, runs in found.items() if teachers(runs[0]) == numbers}
         scored = {}
         for row, runs in mine.items():
             best, last = test_returns(runs, "best"), test_returns(runs, "last")
             steps, minutes = np.mean([cost(run) for run in runs], axis=0)
             scored[best.mean(), row] = (
-                f"| {name_of(row)} | {len(runs)} × {best.shape[1]} "
-                f"| {best.mean():.1f} ± {best.std():.1f} "
-                f"| {(best >= 300).mean():.1%} | {versus(best, expert)} "
+                f"| {name_of(row)} | {cells(best)} | {versus(best, expert)} "
                 f"| {last.mean():.1f} | {versus(last, expert)} "
                 f"| {steps / 1000:.0f}k | {minutes:.1f} |"
             )
@@ -218,14 +221,13 @@ def draw_histogram() -> None:
 
 def sentences() -> str:
     """The differences that the README has beside its table."""
-    learner, expert = test_returns(rows()["aggrevated"], "best"), expert_returns()["1"]
-    dagger = test_returns(rows()["dagger"], "best")
-    alone = test_returns(rows()["single_aggrevated"], "best")
-    alone_dagger = test_returns(rows()["single_dagger"], "best")
+    best = {row: test_returns(runs, "best") for row, runs in rows().items()}
+    first = versus(best["aggrevated"][:, :500], expert_returns()["1"])
+    alone = versus(best["single_aggrevated"], best["single_dagger"])
     return (
-        f"minus expert 1, first 500 episodes: {versus(learner[:, :500], expert)}\n"
-        f"minus DAgger: {versus(learner, dagger)}\n"
-        f"minus DAgger, expert 1 alone: {versus(alone, alone_dagger)}"
+        f"minus expert 1, first 500 episodes: {first}\n"
+        f"minus DAgger: {versus(best['aggrevated'], best['dagger'])}\n"
+        f"minus DAgger, expert 1 alone: {alone}"
     )
 
 

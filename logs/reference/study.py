@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import aggrevated  # noqa: E402
 
-SAC = "rl-trained-agents/sac/BipedalWalkerHardcore-v3_{}/BipedalWalkerHardcore-v3.zip"
+SAC = aggrevated.SAC_ZIP
 FILM = aggrevated.AggreVateDAgent.film
 CLONED = dict(init_path="logs/reference/single_bc_s{seed}/best.pt", alpha_decay_iterations=1)
 FAMILY = {
@@ -60,13 +60,13 @@ ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)
 
 def play(config, who: str, episodes: range, weights=None) -> list[tuple]:
     """(return, length) of test episodes of "learner" or "expert", by the mean action."""
-    agent = aggrevated.AggreVateDAgent(replace(config, n_workers=1, init_path=""))
+    config = replace(config, n_workers=1, n_threads=1, init_path="")
+    agent = aggrevated.AggreVateDAgent(config)
     if weights is not None:
         agent.policy.load_state_dict(weights)
-    agent.workers = aggrevated.Workers(agent.config)
-    alpha = {"learner": 0.0, "expert": 1.0}[who]
-    jobs = [aggrevated.Job((aggrevated.TEST, i), alpha, 0.0, agent.horizon) for i in episodes]
-    return [(t.episode_return, len(t)) for t in agent.workers.run(agent.policy, jobs)]
+    agent.workers = aggrevated.Workers(config)
+    played = agent.evaluate(who, episodes.stop, aggrevated.TEST, episodes.start)
+    return [(t.episode_return, len(t)) for t in played]
 
 
 def add(path: Path, played: dict, episodes: int) -> None:
@@ -88,17 +88,11 @@ def add(path: Path, played: dict, episodes: int) -> None:
 def score(run: Path, episodes: int) -> None:
     """Write run/test.csv for the best and the last policy; the expert's is beside the runs."""
     states = {w: aggrevated.load_checkpoint(run / f"{w}.pt") for w in ("best", "last")}
-    if states["last"]["iteration"] == states["best"]["iteration"]:  # the same policy
-        states["last"] = states["best"]
-    cache = {}
-
-    def play_some(state, indices):
-        key = id(state), indices
-        if key not in cache:
-            cache[key] = play(state["config"], "learner", indices, state["policy"])
-        return cache[key]
-
-    add(run / "test.csv", {w: partial(play_some, s) for w, s in states.items()}, episodes)
+    players = {  # one, which plays once, if best and last are the same iterate
+        s["iteration"]: cache(partial(play, s["config"], "learner", weights=s["policy"]))
+        for s in states.values()
+    }
+    add(run / "test.csv", {w: players[s["iteration"]] for w, s in states.items()}, episodes)
 
 
 def score_expert(n: str, episodes: int) -> None:
