@@ -30,6 +30,8 @@ def draw():
 def test_results_table_is_what_the_logs_say(draw):
     table = draw.table()
     assert table.count("\n") > 5 and table in README
+    ablations = draw.ablations()
+    assert ablations.count("\n") > 5 and ablations in README
     for sentence in draw.sentences().split("\n"):
         assert sentence.split(": ")[1] in " ".join(README.split())
 

@@ -22,7 +22,6 @@ EXPERTS = HERE.parents[1] / "rl-trained-agents" / "sac"
 NAMES = {
     "aggrevated": "AggreVaTeD",
     "council": "AggreVaTeD",
-    "hidden_256": "AggreVaTeD, 256 hidden units",
     "aggrevate": "AggreVaTe",
     "dagger": "DAgger",
     "bc": "behaviour cloning",
@@ -33,6 +32,23 @@ NAMES = {
     "start_natural": "score function, natural gradient, from a cloned start",
     "start_pathwise": "pathwise, from a cloned start",
     "start_gap": "gap weights, from a cloned start",
+}
+ABLATIONS = {  # of the default: what is different
+    "dagger": "all weights 1 (DAgger)",
+    "factor_1": "`gap_factor` 1 instead of 3",
+    "factor_10": "`gap_factor` 10",
+    "cut_100": "`gap_cut` 100 instead of 20",
+    "one_pass": "`train_repeat` 1 instead of 2",
+    "half_data": "`max_experience_len` 50k instead of 300k",
+    "noise_0": "`roll_in_noise` 0 instead of 1",
+    "K_10": "`K` 10 instead of 20, twice the iterations",
+    "H_500": "`H` 500 instead of 2000",
+    "slow_alpha": "`alpha_decay_iterations` 10 instead of 4",
+    "hidden_256": "`hidden_dim` 256 instead of 128",
+    "argmax": "`temperature` 0 instead of 0.3: the action with the largest Q\\*",
+    "argmax_max": "the same with `combine` max: nearly MAMBA's",
+    "min": "`combine` min instead of mean",
+    "max": "`combine` max",
 }
 
 
@@ -51,6 +67,11 @@ def rows() -> dict[str, list[Path]]:
     for path in sorted(HERE.glob("*_s*/test.csv")):
         found.setdefault(path.parent.name.rsplit("_s", 1)[0], []).append(path.parent)
     return found
+
+
+def family() -> dict[str, list[Path]]:
+    """The rows of the results' table: all but the ablations; DAgger is both."""
+    return {row: x for row, x in rows().items() if row == "dagger" or row not in ABLATIONS}
 
 
 def expert_returns() -> dict[str, np.ndarray]:
@@ -123,7 +144,7 @@ def cells(returns: np.ndarray) -> str:
 
 def table() -> str:
     """The README's table: test episodes of each row's best and last policies beside the expert."""
-    experts, found = expert_returns(), rows()
+    experts, found = expert_returns(), family()
     lines = [
         "| policy | seeds × episodes | best on validation: mean ± std | ≥ 300 "
         "| minus expert (95 % CI) | last iterate | minus expert (95 % CI) | steps | min |",
@@ -156,6 +177,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def ablations() -> str:
+    """The README's table of what changes when one choice of the default is taken away."""
+    found = rows()
+    default = {who: test_returns(found["aggrevated"], who) for who in ("best", "last")}
+    lines = [
+        "| the default, but | seeds × episodes | best on validation: mean ± std | ≥ 300 "
+        "| minus default (95 % CI) | last iterate | minus default (95 % CI) | steps | min |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, name in {"aggrevated": "**nothing**", **ABLATIONS}.items():
+        if runs := found.get(row):
+            best, last = test_returns(runs, "best"), test_returns(runs, "last")
+            steps, minutes = np.mean([cost(run) for run in runs], axis=0)
+            less = [versus(best, default["best"]), versus(last, default["last"])]
+            first, second = less if row in ABLATIONS else ("", "")
+            lines.append(
+                f"| {name} | {cells(best)} | {first} | {last.mean():.1f} | {second} "
+                f"| {steps / 1000:.0f}k | {minutes:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Mean environment steps (evaluations,) and validation means (seeds, evaluations)."""
     steps, means = [], []
@@ -176,7 +219,7 @@ def draw_curves(name: str, *groups: str) -> None:
     )
     experts = expert_returns()
     for axes, numbers in zip(panels[0], groups):
-        for row, runs in rows().items():
+        for row, runs in family().items():
             if teachers(runs[0]) != numbers:
                 continue
             steps, means = curve(runs)
@@ -242,7 +285,7 @@ def speed() -> str:
 
 
 def main() -> None:
-    print(table(), sentences(), speed(), sep="\n\n")
+    print(table(), ablations(), sentences(), speed(), sep="\n\n")
     draw_curves("learning_curve.png", "1+6+7+8+9", "1")
     draw_curves("learning_curve_2.png", "3+4+5", "2")
     draw_histogram()

@@ -51,6 +51,11 @@ ABLATIONS = {
     "half_data": dict(max_experience_len=50_000),
     "one_pass": dict(train_repeat=1),
     "hidden_256": dict(hidden_dim=256),
+    "H_500": dict(H=500),
+    "argmax": dict(temperature=0.0),
+    "min": dict(combine="min"),
+    "max": dict(combine="max"),
+    "argmax_max": dict(temperature=0.0, combine="max"),
 }
 ROWS = FAMILY | ABLATIONS
 for prefix, n in {"single": 1, "sub": 2}.items():  # one expert: the strongest, a sub-optimal one
