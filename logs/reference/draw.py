@@ -33,23 +33,7 @@ NAMES = {
     "start_pathwise": "pathwise, from a cloned start",
     "start_gap": "gap weights, from a cloned start",
 }
-ABLATIONS = {  # of the default: what is different
-    "dagger": "all weights 1 (DAgger)",
-    "factor_1": "`gap_factor` 1 instead of 3",
-    "factor_10": "`gap_factor` 10",
-    "cut_100": "`gap_cut` 100 instead of 20",
-    "one_pass": "`train_repeat` 1 instead of 2",
-    "half_data": "`max_experience_len` 50k instead of 300k",
-    "noise_0": "`roll_in_noise` 0 instead of 1",
-    "K_10": "`K` 10 instead of 20, twice the iterations",
-    "H_500": "`H` 500 instead of 2000",
-    "slow_alpha": "`alpha_decay_iterations` 10 instead of 4",
-    "hidden_256": "`hidden_dim` 256 instead of 128",
-    "argmax": "`temperature` 0 instead of 0.3: the action with the largest Q\\*",
-    "argmax_max": "the same with `combine` max: nearly MAMBA's",
-    "min": "`combine` min instead of mean",
-    "max": "`combine` max",
-}
+MEMBER = ("algorithm", "weighting", "optimizer", "init_path")  # options that choose a row
 
 
 def read(path: Path, columns: tuple[str, ...]) -> dict[tuple, list[float]]:
@@ -69,9 +53,19 @@ def rows() -> dict[str, list[Path]]:
     return found
 
 
-def family() -> dict[str, list[Path]]:
-    """The rows of the results' table: all but the ablations; DAgger is both."""
-    return {row: x for row, x in rows().items() if row == "dagger" or row not in ABLATIONS}
+def changes(run: Path) -> dict[str, tuple]:
+    """Where a run's config differs from the default's: {field: (its value, the default)}."""
+    its, default = (
+        json.loads((path / "config.json").read_text()) for path in (run, HERE / "aggrevated_s0")
+    )
+    pairs = {k: (its.get(k, default[k]), default[k]) for k in default}  # older runs lack some
+    return {k: v for k, v in pairs.items() if v[0] != v[1] and k not in ("seed", "log_dir")}
+
+
+def is_ablation(run: Path) -> bool:
+    """Whether a run is of the default's algorithm and experts, with some other setting changed."""
+    changed = changes(run).keys()
+    return bool(changed) and not changed & {"expert_path", *MEMBER}
 
 
 def expert_returns() -> dict[str, np.ndarray]:
@@ -142,14 +136,27 @@ def cells(returns: np.ndarray) -> str:
     )
 
 
+HEAD = (
+    "| {} | seeds × episodes | best on validation: mean ± std | ≥ 300 | minus {} (95 % CI) "
+    "| last iterate | minus {} (95 % CI) | steps | min |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(name: str, runs: list[Path], best_reference, last_reference) -> str:
+    """A row of a table: test episodes of the best and the last policies beside the references."""
+    best, last = test_returns(runs, "best"), test_returns(runs, "last")
+    steps, minutes = np.mean([cost(run) for run in runs], axis=0)
+    return (
+        f"| {name} | {cells(best)} | {versus(best, best_reference)} "
+        f"| {last.mean():.1f} | {versus(last, last_reference)} | {steps / 1000:.0f}k "
+        f"| {minutes:.1f} |"
+    )
+
+
 def table() -> str:
-    """The README's table: test episodes of each row's best and last policies beside the expert."""
-    experts, found = expert_returns(), family()
-    lines = [
-        "| policy | seeds × episodes | best on validation: mean ± std | ≥ 300 "
-        "| minus expert (95 % CI) | last iterate | minus expert (95 % CI) | steps | min |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The README's table of results: each row of the study beside its best expert."""
+    experts, found = expert_returns(), rows()
+    lines = [HEAD.format("policy", "expert", "expert")]
     groups = {teachers(run) for runs in found.values() for run in runs}
     for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
         n = best_of(numbers)
@@ -163,16 +170,11 @@ def table() -> str:
             )
         card = ", best by its card" if n != numbers else ""
         lines.append(f"| **expert {n}{card}** | {cells(expert)} | | | | | |")
-        mine = {row: runs for row, runs in found.items() if teachers(runs[0]) == numbers}
-        scored = {}
-        for row, runs in mine.items():
-            best, last = test_returns(runs, "best"), test_returns(runs, "last")
-            steps, minutes = np.mean([cost(run) for run in runs], axis=0)
-            scored[best.mean(), row] = (
-                f"| {name_of(row)} | {cells(best)} | {versus(best, expert)} "
-                f"| {last.mean():.1f} | {versus(last, expert)} "
-                f"| {steps / 1000:.0f}k | {minutes:.1f} |"
-            )
+        scored = {
+            (test_returns(runs, "best").mean(), row): line(name_of(row), runs, expert, expert)
+            for row, runs in found.items()
+            if teachers(runs[0]) == numbers and not is_ablation(runs[0])
+        }
         lines += [scored[k] for k in sorted(scored, reverse=True)]
     return "\n".join(lines)
 
@@ -180,23 +182,15 @@ def table() -> str:
 def ablations() -> str:
     """The README's table of what changes when one choice of the default is taken away."""
     found = rows()
-    default = {who: test_returns(found["aggrevated"], who) for who in ("best", "last")}
-    lines = [
-        "| the default, but | seeds × episodes | best on validation: mean ± std | ≥ 300 "
-        "| minus default (95 % CI) | last iterate | minus default (95 % CI) | steps | min |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row, name in {"aggrevated": "**nothing**", **ABLATIONS}.items():
-        if runs := found.get(row):
-            best, last = test_returns(runs, "best"), test_returns(runs, "last")
-            steps, minutes = np.mean([cost(run) for run in runs], axis=0)
-            less = [versus(best, default["best"]), versus(last, default["last"])]
-            first, second = less if row in ABLATIONS else ("", "")
-            lines.append(
-                f"| {name} | {cells(best)} | {first} | {last.mean():.1f} | {second} "
-                f"| {steps / 1000:.0f}k | {minutes:.1f} |"
-            )
-    return "\n".join(lines)
+    default = [test_returns(found["aggrevated"], who) for who in ("best", "last")]
+    scored = {}
+    for row, runs in found.items():
+        if row == "dagger" or is_ablation(runs[0]):
+            changed = [f"`{k}` {new} (not {old})" for k, (new, old) in changes(runs[0]).items()]
+            mean = test_returns(runs, "best").mean()
+            scored[mean, row] = line(", ".join(changed), runs, *default)
+    head = HEAD.format("the default, but", "default", "default")
+    return "\n".join([head, *(scored[k] for k in sorted(scored))])
 
 
 def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,8 +213,8 @@ def draw_curves(name: str, *groups: str) -> None:
     )
     experts = expert_returns()
     for axes, numbers in zip(panels[0], groups):
-        for row, runs in family().items():
-            if teachers(runs[0]) != numbers:
+        for row, runs in rows().items():
+            if teachers(runs[0]) != numbers or is_ablation(runs[0]):
                 continue
             steps, means = curve(runs)
             label = f"{name_of(row)} ({len(runs)})".replace("\\", "")

@@ -2,9 +2,10 @@
 
     python logs/reference/study.py aggrevated dagger --seeds 0 1 2 --experts 1
 
-A run lands in logs/reference/ROW_sSEED with its config, evaluations, events and best.pt; test.csv
-has the returns on fresh test episodes, the same terrains for every row.  What is there already is
-not done again, and more --episodes are added to those there.  One process uses one core.
+A run lands in logs/reference/ROW_sSEED with its config, evaluations, events, best.pt and (but for
+ablations) last.pt; test.csv has returns on fresh test episodes, the same terrains for every row.
+What is there already is not done again, and more --episodes are added to those there.  One process
+uses one core.
 """
 
 import argparse
@@ -92,12 +93,15 @@ def add(path: Path, played: dict, episodes: int) -> None:
 
 def score(run: Path, episodes: int) -> None:
     """Write run/test.csv for the best and the last policy; the expert's is beside the runs."""
+    path = run / "test.csv"
+    if path.exists() and path.read_text().count("\n") > 2 * episodes:
+        return
     states = {w: aggrevated.load_checkpoint(run / f"{w}.pt") for w in ("best", "last")}
     players = {  # one, which plays once, if best and last are the same iterate
         s["iteration"]: cache(partial(play, s["config"], "learner", weights=s["policy"]))
         for s in states.values()
     }
-    add(run / "test.csv", {w: players[s["iteration"]] for w, s in states.items()}, episodes)
+    add(path, {w: players[s["iteration"]] for w, s in states.items()}, episodes)
 
 
 def score_expert(n: str, episodes: int) -> None:
@@ -145,6 +149,8 @@ def main() -> None:
             if not folder.exists():
                 train(row, seed, folder)
             score(folder, args.episodes)
+            if row in ABLATIONS:  # room for what no headline needs
+                (folder / "last.pt").unlink(missing_ok=True)
             print(f"{folder.name} scored", flush=True)
 
 
