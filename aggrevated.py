@@ -63,7 +63,7 @@ def option(default, note: str, low=None, high=None, choices=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. Config: the only place with numbers
+# 1. Config: every setting
 # ------------------------------------------------------------------------------------------------
 @dataclass
 class Config:
@@ -284,7 +284,7 @@ def layer_sizes(state: dict, prefix: str) -> list[int]:
 class SACExpert(nn.Module):
     """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
 
-    Nothing in the zip is unpickled: the weights are read with `weights_only=True`, the sizes come
+    Nothing in the zip can run code: the weights are read with `weights_only=True`, the sizes come
     from the tensors, and the activation from the plain text beside the pickles.
 
     Raises UserError if the file is not a SAC zip or does not fit the spaces.
@@ -828,7 +828,7 @@ class AggreVateDAgent:
         """-mean(w log pi(target | s)); for the pathwise estimator -mean(Q*(s, pi(s)))."""
         if self.method == "pathwise":
             return -self.expert.q_star(state, self.policy.predict(state)).mean()
-        own = self.method in ON_POLICY  # samples of pi, not to be cut like the expert's actions
+        own = self.method in ("score", "returns")  # samples of pi, not to be cut as the expert's
         cut = {} if own else dict(limit=self.config.target_clip)
         log_prob = self.policy.get_log_prob(state, target, **cut)
         return -(weight * log_prob).mean()  # (N, 1) * (N, 1)

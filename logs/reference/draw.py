@@ -120,6 +120,13 @@ def best_of(numbers: str) -> str:
     return max(cards, key=lambda n: json.loads(cards[n].read_text())["score"]["mean"])
 
 
+def best_iteration(run: Path) -> int:
+    """The iteration that validation liked best; 0 is before any training."""
+    groups = read(run / "evaluations.csv", ("policy", "iteration"))
+    means = {int(n): np.mean(x) for (who, n), x in groups.items() if who == "learner"}
+    return max(means, key=means.get)
+
+
 def cost(run: Path) -> tuple[float, float]:
     """Environment steps and minutes of training of a run."""
     with open(run / "evaluations.csv", newline="") as file:
@@ -146,6 +153,8 @@ def line(name: str, runs: list[Path], best_reference, last_reference) -> str:
     """A row of a table: test episodes of the best and the last policies beside the references."""
     best, last = test_returns(runs, "best"), test_returns(runs, "last")
     steps, minutes = np.mean([cost(run) for run in runs], axis=0)
+    if not any(best_iteration(run) for run in runs):
+        name += " (best is its start)"
     return (
         f"| {name} | {cells(best)} | {versus(best, best_reference)} "
         f"| {last.mean():.1f} | {versus(last, last_reference)} | {steps / 1000:.0f}k "
@@ -156,7 +165,7 @@ def line(name: str, runs: list[Path], best_reference, last_reference) -> str:
 def table() -> str:
     """The README's table of results: each row of the study beside its best expert."""
     experts, found = expert_returns(), rows()
-    lines = [HEAD.format("policy", "expert", "expert")]
+    lines = [HEAD.format("policy", "single expert", "single expert")]
     groups = {teachers(run) for runs in found.values() for run in runs}
     for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
         n = best_of(numbers)
@@ -258,13 +267,31 @@ def draw_histogram() -> None:
 
 def sentences() -> str:
     """The differences that the README has beside its table."""
-    best = {row: test_returns(runs, "best") for row, runs in rows().items()}
-    first = versus(best["aggrevated"][:, :500], expert_returns()["1"])
-    alone = versus(best["single_aggrevated"], best["single_dagger"])
-    return (
-        f"minus expert 1, first 500 episodes: {first}\n"
-        f"minus DAgger: {versus(best['aggrevated'], best['dagger'])}\n"
-        f"minus DAgger, expert 1 alone: {alone}"
+    experts, found = expert_returns(), rows()
+    best, last = (
+        {row: test_returns(runs, who) for row, runs in found.items()} for who in ("best", "last")
+    )
+    mine, clone = best["aggrevated"], best["single_bc"]
+    lines = {"minus expert 1, first 500 episodes": versus(mine[:, :500], experts["1"])}
+    for row in ("aggrevated", "sub_council"):
+        numbers = teachers(found[row][0])
+        top = max(numbers.split("+"), key=lambda n: experts[n].mean())
+        lines[f"{row} minus expert {top}, best here"] = versus(best[row], experts[top])
+        lines[f"{row} minus the experts together"] = versus(best[row], experts[numbers])
+    return "\n".join(
+        f"{name}: {text}"
+        for name, text in {
+            **lines,
+            "minus DAgger": versus(mine, best["dagger"]),
+            "minus AggreVaTe": versus(mine, best["aggrevate"]),
+            "last minus AggreVaTe's last": versus(last["aggrevated"], last["aggrevate"]),
+            "minus cloning": versus(mine, best["bc"]),
+            "minus DAgger, expert 1 alone": versus(
+                best["single_aggrevated"], best["single_dagger"]
+            ),
+            "natural gradient minus its start": versus(last["single_start_natural"], clone),
+            "pathwise minus its start": versus(last["single_start_pathwise"], clone),
+        }.items()
     )
 
 

@@ -53,6 +53,7 @@ ABLATIONS = {
     "one_pass": dict(train_repeat=1),
     "hidden_256": dict(hidden_dim=256),
     "H_500": dict(H=500),
+    "N_60": dict(max_iteration=60, max_experience_len=1_000_000, eval_every=12),
     "argmax": dict(temperature=0.0),
     "min": dict(combine="min"),
     "max": dict(combine="max"),
