@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,12 @@ ROLL_IN, SHUFFLE, SAMPLE, VALIDATION, TUNING, TEST = range(6)
 HARDCORE = "BipedalWalkerHardcore-v3"
 SAC_ZIP = f"rl-trained-agents/sac/{HARDCORE}_{{}}/{HARDCORE}.zip"  # of the expert with this number
 SOLVED = 300.0  # the return at which an episode of BipedalWalker counts as solved
+MAX_ZIP_BYTES = 500_000_000  # unpacked; a SAC agent has a few MB
+CSV_COLUMNS = ("iteration", "env_steps", "seconds", "policy", "episode", "return", "length")
+CHECKPOINT_VALUES = (
+    "iteration", "env_steps", "seconds", "best_return", "expert_return", "csv_bytes",
+)  # fmt: skip
+RESUMABLE = {"max_iteration", "n_workers", "n_threads", "device", "render"}  # on --resume
 
 
 class UserError(Exception):
@@ -62,9 +68,7 @@ def option(default, note: str, low=None, high=None, choices=None):
     return field(default=default, metadata=dict(note=note, low=low, high=high, choices=choices))
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Config: every setting
-# ------------------------------------------------------------------------------------------------
+# == 1. Config: every setting ====================================================================
 @dataclass
 class Config:
     """Every setting; each field is a command-line option too."""
@@ -162,9 +166,7 @@ class Config:
         return self
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The learner: a tanh-Gaussian policy on any bounded Box
-# ------------------------------------------------------------------------------------------------
+# == 2. The learner: a tanh-Gaussian policy on any bounded Box ===================================
 class PolicyNetwork(nn.Module):
     """a = offset + scale * tanh(u), u ~ N(mean(s), std(s)).
 
@@ -181,12 +183,10 @@ class PolicyNetwork(nn.Module):
         self.log_std = nn.Linear(hidden_dim, action_dim)
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
         low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
-        self.register_buffer("low", low.float())
-        self.register_buffer("high", high.float())
-        self.register_buffer("scale", ((high - low) / 2).float())
-        self.register_buffer("offset", ((high + low) / 2).float())
-        self.register_buffer("state_mean", torch.zeros(state_dim))
-        self.register_buffer("state_std", torch.ones(state_dim))
+        ranges = dict(low=low, high=high, scale=(high - low) / 2, offset=(high + low) / 2)
+        states = dict(state_mean=torch.zeros(state_dim), state_std=torch.ones(state_dim))
+        for name, value in (ranges | states).items():
+            self.register_buffer(name, value.float())
 
     def fit_input(self, state):
         """Standardise inputs from now on by the mean and std of these states (N, state_dim)."""
@@ -195,8 +195,7 @@ class PolicyNetwork(nn.Module):
 
     def forward(self, state):
         """Mean and standard deviation (N, action_dim) of u, before the tanh."""
-        x = (state - self.state_mean) / self.state_std
-        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc1((state - self.state_mean) / self.state_std))
         x = F.relu(self.fc2(x))
         share = torch.sigmoid(self.log_std(x))  # unlike a clamp's, its gradient never dies
         log_std = self.log_std_min + share * (self.log_std_max - self.log_std_min)
@@ -229,12 +228,7 @@ class PolicyNetwork(nn.Module):
         return (normal - log_slope).sum(dim=1, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The expert: a SAC agent whose twin critics are Q*, or a council of several
-# ------------------------------------------------------------------------------------------------
-MAX_ZIP_BYTES = 500_000_000  # unpacked; a SAC agent has a few MB
-
-
+# == 3. The expert: a SAC agent whose twin critics are Q*, or a council of several ===============
 def read_zip(raw: bytes, what: str) -> zipfile.ZipFile:
     """Open a zip held in memory; UserError if it is none, damaged, or unpacks to something huge."""
     try:
@@ -388,7 +382,8 @@ class Council(nn.Module):
 
     def __init__(self, members: list[SACExpert], how: str, temperature: float):
         super().__init__()
-        self.members, self.how, self.temperature = nn.ModuleList(members), how, temperature
+        self.members, self.temperature = nn.ModuleList(members), temperature
+        self.reduce = {"mean": torch.mean, "min": torch.amin, "max": torch.amax}[how]
         self.gamma = members[0].gamma
         if any(m.gamma != self.gamma for m in members):
             raise UserError("The experts' Q* have different discounts; choose some of one gamma.")
@@ -413,9 +408,7 @@ class Council(nn.Module):
 
     def combine(self, values):
         """One Q* (N, 1) of the experts' (N, M): their mean, smallest or largest."""
-        return {"mean": torch.mean, "min": torch.amin, "max": torch.amax}[self.how](
-            values, dim=1, keepdim=True
-        )
+        return self.reduce(values, dim=1, keepdim=True)
 
     q_star = SACExpert.q_star
 
@@ -427,9 +420,7 @@ def load_expert(config, env: gym.Env, device="cpu") -> SACExpert | Council:
     return members[0] if len(members) == 1 else Council(members, config.combine, config.temperature)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Roll-in (Algorithm 1, line 4), in this process or in workers
-# ------------------------------------------------------------------------------------------------
+# == 4. Roll-in (Algorithm 1, line 4), in this process or in workers =============================
 def make_env(env_name: str, render_mode=None) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
     try:
@@ -548,9 +539,8 @@ class Simulator:
         state = np.asarray([r.state for r in running], dtype=np.float32)
         if not np.isfinite(state).all():
             raise FloatingPointError("The environment returned a NaN or infinite observation.")
-        now = [len(r.rewards) for r in running]
-        expert_turn = np.asarray([r.by_expert[t] for r, t in zip(running, now)])
-        noise = np.asarray([r.noise[t] for r, t in zip(running, now)])
+        expert_turn = np.asarray([r.by_expert[len(r)] for r in running])
+        noise = np.asarray([r.noise[len(r)] for r in running])
         return AggreVateDAgent.mixed_policy(self.policy, self.expert, state, expert_turn, noise)
 
 
@@ -566,7 +556,7 @@ def serve(connection, config: Config, n_envs: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
+    with contextlib.suppress(EOFError, OSError):
         simulator = Simulator(config, n_envs)
         while True:
             weights, jobs = connection.recv()
@@ -574,8 +564,6 @@ def serve(connection, config: Config, n_envs: int) -> None:
                 connection.send(simulator.run(weights, jobs))
             except (FloatingPointError, UserError) as error:
                 connection.send(error)
-    except (EOFError, OSError):
-        pass
 
 
 class Workers:
@@ -627,9 +615,7 @@ class Workers:
             process.join()
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The agent: Algorithm 1
-# ------------------------------------------------------------------------------------------------
+# == 5. The agent: Algorithm 1 ===================================================================
 def gap_weights(q_expert, q_learner, factor: float, cut: float):
     """w = min(1 + factor * gap / mean(gap), cut), normalised to mean 1; all (N, 1).
 
@@ -666,8 +652,7 @@ def flatten(tensors) -> torch.Tensor:
 
 def conjugate_gradient(product, b, iterations: int) -> torch.Tensor:
     """An approximate x with product(x) = b, for a symmetric positive definite `product`."""
-    x, residual = torch.zeros_like(b), b.clone()
-    direction, square = residual.clone(), residual @ residual
+    x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
     for _ in range(iterations):
         if square < 1e-20:
             break
@@ -754,10 +739,8 @@ class AggreVateDAgent:
     def collect(self, iteration: int) -> list[Trajectory]:
         """K trajectories of the mixture."""
         c = self.config
-        jobs = [
-            Job((ROLL_IN, c.seed, iteration, k), self.alpha, c.roll_in_noise, c.H)
-            for k in range(c.K)
-        ]
+        streams = ((ROLL_IN, c.seed, iteration, k) for k in range(c.K))
+        jobs = [Job(stream, self.alpha, c.roll_in_noise, c.H) for stream in streams]
         return self.workers.run(self.policy, jobs)
 
     # -- labels: Q* and what the expert would have done --------------------------------------------
@@ -830,15 +813,13 @@ class AggreVateDAgent:
             return -self.expert.q_star(state, self.policy.predict(state)).mean()
         own = self.method in ("score", "returns")  # samples of pi, not to be cut as the expert's
         cut = {} if own else dict(limit=self.config.target_clip)
-        log_prob = self.policy.get_log_prob(state, target, **cut)
-        return -(weight * log_prob).mean()  # (N, 1) * (N, 1)
+        return -(weight * self.policy.get_log_prob(state, target, **cut)).mean()  # (N, 1) * (N, 1)
 
     def update(self, iteration: int) -> dict[str, float]:
         """`train_repeat` shuffled passes over `update_sz` transitions drawn from the experience."""
         c, history = self.config, []  # of losses and gradient norms
-        for group in self.optimizer.param_groups:
-            share = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
-            group["lr"] = c.lr + (c.final_lr - c.lr) * share
+        share = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
+        self.optimizer.param_groups[0]["lr"] = c.lr + (c.final_lr - c.lr) * share
         generator = torch.Generator().manual_seed(stream_seed(SHUFFLE, c.seed, iteration))
         shuffle = partial(torch.randperm, generator=generator)
         drawn = shuffle(len(self.experience["state"]))[: c.update_sz].to(self.device)
@@ -861,14 +842,9 @@ class AggreVateDAgent:
         loss = self.loss(state, target, weight)
         self.optimizer.zero_grad()
         loss.backward()
-        try:  # a NaN raises here, before it can reach the weights
-            norm = nn.utils.clip_grad_norm_(
-                self.policy.parameters(), self.config.max_grad_norm, error_if_nonfinite=True
-            )
-        except RuntimeError:
-            raise FloatingPointError(
-                "The gradient is NaN or infinite; lower --lr or raise --log_std_min."
-            ) from None
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        if not norm.isfinite():  # before it can reach the weights
+            raise FloatingPointError("NaN or infinite gradient; lower --lr or raise --log_std_min.")
         self.optimizer.step()
         return loss.detach(), norm
 
@@ -928,11 +904,8 @@ class AggreVateDAgent:
 
         They are the episodes from number `first` up to `n_episodes`.
         """
-        alpha = {"learner": 0.0, "expert": 1.0}[who]
-        jobs = [
-            Job((stream, i), alpha, noise=0.0, horizon=self.horizon)
-            for i in range(first, n_episodes or self.config.eval_episodes)
-        ]
+        alpha, end = {"learner": 0.0, "expert": 1.0}[who], n_episodes or self.config.eval_episodes
+        jobs = [Job((stream, i), alpha, 0.0, self.horizon) for i in range(first, end)]
         return self.workers.run(self.policy, jobs)
 
     def validate(self) -> dict[str, float]:
@@ -983,30 +956,26 @@ class AggreVateDAgent:
         threading.excepthook = lambda *_: None  # flush() raises what the writer's thread met
         self.writer = SummaryWriter(self.run_dir, purge_step=self.iteration + 1)
         if self.iteration < 0:
-            self.writer.add_text("config", config_table(c), 0)
+            table = "".join(f"\n| {k} | {v} |" for k, v in asdict(c).items())  # in Markdown
+            self.writer.add_text("config", "| field | value |\n|---|---|" + table, 0)
         with tqdm(total=c.max_iteration, initial=max(self.iteration, 0), unit="iteration") as bar:
-            self._loop(bar)
+            for n in range(self.iteration + 1, c.max_iteration + 1):
+                scalars = self.iterate(n) if n > 0 else {}
+                self.iteration = n
+                self.seconds += scalars.get("time/iteration_seconds", 0.0)  # without evaluation
+                if n % c.eval_every == 0 or n == c.max_iteration:
+                    scalars |= self.validate()
+                    bar.write(
+                        f"iteration {n:4d}  {self.env_steps:8d} steps  {self.seconds:6.0f} s  "
+                        f"learner {scalars['eval/episode_reward']:7.1f}  "
+                        f"expert {self.expert_return:7.1f}"
+                    )
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, n)
+                self.writer.flush()
+                self.save("last.pt")
+                bar.update(n > 0)
         self.film()
-
-    def _loop(self, bar) -> None:
-        c = self.config
-        for n in range(self.iteration + 1, c.max_iteration + 1):
-            started = time.perf_counter()
-            scalars = self.iterate(n) if n > 0 else {}
-            self.iteration = n
-            self.seconds += time.perf_counter() - started  # of training: without evaluation
-            if n % c.eval_every == 0 or n == c.max_iteration:
-                scalars |= self.validate()
-                bar.write(
-                    f"iteration {n:4d}  {self.env_steps:8d} steps  {self.seconds:6.0f} s  "
-                    f"learner {scalars['eval/episode_reward']:7.1f}  "
-                    f"expert {self.expert_return:7.1f}"
-                )
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, n)
-            self.writer.flush()
-            self.save("last.pt")
-            bar.update(n > 0)
 
     def film(self) -> None:
         """One episode of the last policy as final.gif and under TensorBoard's IMAGES."""
@@ -1016,20 +985,20 @@ class AggreVateDAgent:
         if self.config.render:
             record(self.config, self.policy, self.horizon, "human")
         frames = record(self.config, self.policy, self.horizon, "rgb_array")
-        gif = encode_gif(frames)
-        (self.run_dir / "final.gif").write_bytes(gif)
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        first, *others = (Image.fromarray(f).quantize(32) for f in frames)
+        path = self.run_dir / "final.gif"
+        first.save(path, save_all=True, append_images=others, duration=80, loop=0)  # duration in ms
+        image = Summary.Image(height=first.height, width=first.width, colorspace=3)
+        image.encoded_image_string = path.read_bytes()
         summary = Summary(value=[Summary.Value(tag="final_policy", image=image)])
         self.writer.file_writer.add_summary(summary, self.iteration)
         self.writer.flush()
 
     def close(self) -> None:
         """End the workers and the event file."""
-        for part in (self.workers, self.writer):
-            if part is not None:
-                with contextlib.suppress(OSError):  # of a full disk; what matters is on it
-                    part.close()
+        for part in filter(None, (self.workers, self.writer)):
+            with contextlib.suppress(OSError):  # of a full disk; what matters is on it
+                part.close()
 
     # -- files -------------------------------------------------------------------------------------
     def _write_csv(self, who: str, episodes: list[Trajectory]) -> None:
@@ -1109,21 +1078,7 @@ class AggreVateDAgent:
             setattr(self, name, state[name])
 
 
-CSV_COLUMNS = ("iteration", "env_steps", "seconds", "policy", "episode", "return", "length")
-CHECKPOINT_VALUES = (
-    "iteration", "env_steps", "seconds", "best_return", "expert_return", "csv_bytes",
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Files and pictures
-# ------------------------------------------------------------------------------------------------
-def config_table(config: Config) -> str:
-    """The Config in Markdown, for TensorBoard's TEXT tab."""
-    lines = [f"| {k} | {v} |" for k, v in asdict(config).items()]
-    return "\n".join(["| field | value |", "|---|---|", *lines])
-
-
+# == 6. Files and pictures =======================================================================
 def make_run_dir(config: Config) -> Path:
     """A fresh folder below log_dir, with config.json in it; UserError if that cannot be written."""
     name = "".join(x if x.isalnum() or x in "-_" else "-" for x in config.env_name)
@@ -1165,16 +1120,6 @@ def record(config: Config, policy: PolicyNetwork, horizon: int, mode: str) -> li
     return frames
 
 
-def encode_gif(frames: list[np.ndarray], milliseconds=80) -> bytes:
-    """An animated GIF of RGB frames; Pillow comes with TensorBoard."""
-    images = [Image.fromarray(f).quantize(32) for f in frames]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0
-    )
-    return buffer.getvalue()
-
-
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint's dict, from its file or its run folder; UserError unless it is one."""
     what = f"The checkpoint {path}"
@@ -1202,9 +1147,7 @@ def fits(value, pattern) -> bool:
     return kind[0] == kind[1] and bool(value.isfinite().all())
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Command line
-# ------------------------------------------------------------------------------------------------
+# == 7. Command line =============================================================================
 def describe(returns: np.ndarray) -> str:
     """Mean, standard deviation, standard error and success rate of episode returns."""
     spread = returns.std(ddof=1) if len(returns) > 1 else math.nan
@@ -1219,17 +1162,14 @@ def print_evaluation(path: Path, overrides: dict) -> None:
     """Score a checkpoint's mean action beside the expert, on fresh episodes (same terrains)."""
     path = path / "best.pt" if path.is_dir() else path
     state = load_checkpoint(path)
-    config = Config(**(asdict(state["config"]) | overrides)).check()
-    agent = AggreVateDAgent(config)
-    agent.load_policy(state)
-    try:
+    config = replace(state["config"], **overrides).check()
+    with contextlib.closing(AggreVateDAgent(config)) as agent:
+        agent.load_policy(state)
         agent.workers = Workers(config)
         returns = {
             who: np.array([t.episode_return for t in agent.evaluate(who, stream=TEST)])
             for who in ("learner", "expert")
         }
-    finally:
-        agent.close()
     n, iteration = config.eval_episodes, state["iteration"]
     print(f"{path}, iteration {iteration}: {n} fresh episodes, mean action")
     for who, values in returns.items():
@@ -1275,12 +1215,9 @@ def start(resume: Path | None, overrides: dict) -> AggreVateDAgent:
     if fixed := overrides.keys() - RESUMABLE:
         raise UserError(f"--{min(fixed)} cannot change on --resume; start a new run with it.")
     state = load_checkpoint(resume / "last.pt")
-    agent = AggreVateDAgent(Config(**(asdict(state["config"]) | overrides)).check(), resume)
+    agent = AggreVateDAgent(replace(state["config"], **overrides).check(), resume)
     agent.restore(state)
     return agent
-
-
-RESUMABLE = {"max_iteration", "n_workers", "n_threads", "device", "render"}
 
 
 def banner(agent: AggreVateDAgent) -> None:
@@ -1319,9 +1256,8 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         run_dir = agent.run_dir if agent else resume
-        print("\nStopped.", end="  Go on with:  " if run_dir else "\n")
-        if run_dir:
-            print(f"python aggrevated.py --resume {run_dir}")
+        hint = f"  Go on with:  python aggrevated.py --resume {run_dir}" if run_dir else ""
+        print(f"\nStopped.{hint}")
         return 130
     except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         text = str(error) or "out of memory"
