@@ -904,8 +904,9 @@ class AggreVateDAgent:
 
         They are the episodes from number `first` up to `n_episodes`.
         """
-        alpha, end = {"learner": 0.0, "expert": 1.0}[who], n_episodes or self.config.eval_episodes
-        jobs = [Job((stream, i), alpha, 0.0, self.horizon) for i in range(first, end)]
+        alpha = {"learner": 0.0, "expert": 1.0}[who]
+        episodes = range(first, n_episodes or self.config.eval_episodes)
+        jobs = [Job((stream, i), alpha, noise=0.0, horizon=self.horizon) for i in episodes]
         return self.workers.run(self.policy, jobs)
 
     def validate(self) -> dict[str, float]:

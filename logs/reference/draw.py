@@ -120,13 +120,6 @@ def best_of(numbers: str) -> str:
     return max(cards, key=lambda n: json.loads(cards[n].read_text())["score"]["mean"])
 
 
-def best_iteration(run: Path) -> int:
-    """The iteration that validation liked best; 0 is before any training."""
-    groups = read(run / "evaluations.csv", ("policy", "iteration"))
-    means = {int(n): np.mean(x) for (who, n), x in groups.items() if who == "learner"}
-    return max(means, key=means.get)
-
-
 def cost(run: Path) -> tuple[float, float]:
     """Environment steps and minutes of training of a run."""
     with open(run / "evaluations.csv", newline="") as file:
@@ -153,13 +146,19 @@ def line(name: str, runs: list[Path], best_reference, last_reference) -> str:
     """A row of a table: test episodes of the best and the last policies beside the references."""
     best, last = test_returns(runs, "best"), test_returns(runs, "last")
     steps, minutes = np.mean([cost(run) for run in runs], axis=0)
-    if not any(best_iteration(run) for run in runs):
+    if not curve(runs)[1].argmax(axis=1).any():  # validation liked iteration 0 best
         name += " (best is its start)"
     return (
         f"| {name} | {cells(best)} | {versus(best, best_reference)} "
         f"| {last.mean():.1f} | {versus(last, last_reference)} | {steps / 1000:.0f}k "
         f"| {minutes:.1f} |"
     )
+
+
+def ranked(named: dict[str, list[Path]], *references) -> list[str]:
+    """Rows of a table for the runs by name, the best row first."""
+    order = sorted(named, key=lambda name: -test_returns(named[name], "best").mean())
+    return [line(name, named[name], *references) for name in order]
 
 
 def table() -> str:
@@ -179,12 +178,12 @@ def table() -> str:
             )
         card = ", best by its card" if n != numbers else ""
         lines.append(f"| **expert {n}{card}** | {cells(expert)} | | | | | |")
-        scored = {
-            (test_returns(runs, "best").mean(), row): line(name_of(row), runs, expert, expert)
+        mine = {
+            name_of(row): runs
             for row, runs in found.items()
             if teachers(runs[0]) == numbers and not is_ablation(runs[0])
         }
-        lines += [scored[k] for k in sorted(scored, reverse=True)]
+        lines += ranked(mine, expert, expert)
     return "\n".join(lines)
 
 
@@ -192,14 +191,13 @@ def ablations() -> str:
     """The README's table of what changes when one choice of the default is taken away."""
     found = rows()
     default = [test_returns(found["aggrevated"], who) for who in ("best", "last")]
-    scored = {}
-    for row, runs in found.items():
-        if row == "dagger" or is_ablation(runs[0]):
-            changed = [f"`{k}` {new} (not {old})" for k, (new, old) in changes(runs[0]).items()]
-            mean = test_returns(runs, "best").mean()
-            scored[mean, row] = line(", ".join(changed), runs, *default)
+    changed = {
+        ", ".join(f"`{k}` {new} (not {old})" for k, (new, old) in changes(runs[0]).items()): runs
+        for row, runs in found.items()
+        if row == "dagger" or is_ablation(runs[0])
+    }
     head = HEAD.format("the default, but", "default", "default")
-    return "\n".join([head, *(scored[k] for k in sorted(scored))])
+    return "\n".join([head, *reversed(ranked(changed, *default))])
 
 
 def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -272,27 +270,22 @@ def sentences() -> str:
         {row: test_returns(runs, who) for row, runs in found.items()} for who in ("best", "last")
     )
     mine, clone = best["aggrevated"], best["single_bc"]
-    lines = {"minus expert 1, first 500 episodes": versus(mine[:, :500], experts["1"])}
+    result = {"minus expert 1, first 500 episodes": versus(mine[:, :500], experts["1"])}
     for row in ("aggrevated", "sub_council"):
         numbers = teachers(found[row][0])
         top = max(numbers.split("+"), key=lambda n: experts[n].mean())
-        lines[f"{row} minus expert {top}, best here"] = versus(best[row], experts[top])
-        lines[f"{row} minus the experts together"] = versus(best[row], experts[numbers])
-    return "\n".join(
-        f"{name}: {text}"
-        for name, text in {
-            **lines,
-            "minus DAgger": versus(mine, best["dagger"]),
-            "minus AggreVaTe": versus(mine, best["aggrevate"]),
-            "last minus AggreVaTe's last": versus(last["aggrevated"], last["aggrevate"]),
-            "minus cloning": versus(mine, best["bc"]),
-            "minus DAgger, expert 1 alone": versus(
-                best["single_aggrevated"], best["single_dagger"]
-            ),
-            "natural gradient minus its start": versus(last["single_start_natural"], clone),
-            "pathwise minus its start": versus(last["single_start_pathwise"], clone),
-        }.items()
-    )
+        result[f"{row} minus expert {top}, best here"] = versus(best[row], experts[top])
+        result[f"{row} minus the experts together"] = versus(best[row], experts[numbers])
+    result |= {
+        "minus DAgger": versus(mine, best["dagger"]),
+        "minus AggreVaTe": versus(mine, best["aggrevate"]),
+        "last minus AggreVaTe's last": versus(last["aggrevated"], last["aggrevate"]),
+        "minus cloning": versus(mine, best["bc"]),
+        "minus DAgger, expert 1 alone": versus(best["single_aggrevated"], best["single_dagger"]),
+        "natural gradient minus its start": versus(last["single_start_natural"], clone),
+        "pathwise minus its start": versus(last["single_start_pathwise"], clone),
+    }
+    return "\n".join(f"{name}: {text}" for name, text in result.items())
 
 
 def speed() -> str:
