@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -539,15 +540,15 @@ class AggreVateDAgent:
         with torch.no_grad():
             gap = q_expert - self.get_q_star(state, self.policy.predict(state))
         loss = self.update(n)
-        seconds = time.perf_counter() - started
-        self.env_steps, self.seconds = self.env_steps + steps, self.seconds + seconds
+        self.env_steps += steps
+        self.seconds += time.perf_counter() - started
         return {
             "train/loss": loss,
             "train/alpha": self.alpha,
             "train/q_gap": gap.mean(),
             "rollout/episode_reward": np.mean([t.rewards.sum() for t in trajectories]),
             "time/env_steps": self.env_steps,
-            "time/iteration_seconds": seconds,
+            "time/seconds": self.seconds,
         }
 
     def train(self, run_dir: Path) -> None:
@@ -596,11 +597,11 @@ class AggreVateDAgent:
 # == 7. Files and pictures =======================================================================
 def make_run_dir(config: Config) -> Path:
     """A fresh folder below log_dir, with config.json in it; UserError if that cannot be written."""
-    name = f"{Path(config.env_name).name}_s{config.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    name = Path(config.env_name).name + time.strftime(f"_s{config.seed}_%Y%m%d_%H%M%S")
     run_dir = Path(config.log_dir) / f"AggreVateD_{name}"
     with mend("The run folder cannot be written; set --log_dir"):
         run_dir.mkdir(parents=True)
-        (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return run_dir
 
 
@@ -615,6 +616,7 @@ def load_checkpoint(path: Path) -> dict:
 def film(agent: AggreVateDAgent, path: Path) -> None:
     """The first validation episode as a GIF, every fourth frame; no picture is no error."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    warnings.simplefilter("ignore")  # of a missing display; what matters is said below
     (episode,), frames = agent.evaluate(n_episodes=1), []
     try:
         env = make_env(agent.config.env_name, "rgb_array")
@@ -630,13 +632,12 @@ def film(agent: AggreVateDAgent, path: Path) -> None:
 # == 8. Command line =============================================================================
 def parse(argv=None) -> dict:
     """The options that were given; a wrong one ends in a sentence and exit status 2."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on from its last.pt")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="score its best.pt")
     for f in fields(Config):
         note = f"{f.metadata['note']} (default: {f.default})".replace("%", "%%")
-        kind = dict(type=f.type, choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", help=note, default=argparse.SUPPRESS, **kind)
+        parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=note)
     return vars(parser.parse_args(argv))
 
 
@@ -670,7 +671,7 @@ def main(argv=None) -> int:
     """Run the command line; the exit status is 2 after an error, 130 after an interruption."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parse(argv)
-    run_dir, evaluate = options.pop("resume"), options.pop("evaluate")
+    run_dir, evaluate = options.pop("resume", None), options.pop("evaluate", None)
     try:
         agent = open_agent(run_dir, evaluate, options)
         if evaluate:

@@ -1,11 +1,9 @@
-"""Choose a checkpoint of a train_sac.py run, score it, and put it into sac/.
+"""Average a span of a train_sac.py run into one agent, score it, and put it into sac/.
 
-    python rl-trained-agents/publish.py rl-trained-agents/runs/BipedalWalkerHardcore-v3_s0 --n 1
+    python rl-trained-agents/publish.py RUN_DIR --n 1 --first 350000 --last 700000
 
-The candidates are the checkpoints with the best evaluations while training and averages of the last
-ones' weights (or, with `--target`, the checkpoints nearest to a return); 100 validation episodes
-choose among them, and other, fresh episodes give the score.  All use the mean action in the
-untouched environment.  `score.json` beside the zip has the numbers and what they were measured on.
+The score comes from fresh episodes by the mean action in the untouched environment, and nothing
+was ever chosen on them; `score.json` beside the zip has it and what else was measured.
 """
 
 import argparse
@@ -13,319 +11,157 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import gymnasium
-import matplotlib
 import numpy as np
 import stable_baselines3
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
 
-import aggrevated  # noqa: E402
-from stable_baselines3 import SAC  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-SELECT = 100  # a stream of episodes that neither training, validation nor the scores use
-AVERAGES = (2, 3, 4, 6)  # of the last so many checkpoints' weights
-SCORE = aggrevated.TUNING  # fresh for an expert: only learners were ever tuned on it
+SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
+FALL = -100.0  # the last reward of an episode that ended in a fall
+BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
+STEP = 14 / 30  # BipedalWalker's unit of terrain [m]
 
 
-def play(zip_path: Path, env_name: str, episodes: int, stream: int) -> list[aggrevated.Trajectory]:
-    """Deterministic episodes of the agent in `zip_path`."""
-    config = aggrevated.Config(env_name=env_name, expert_path=str(zip_path)).check()
-    agent = aggrevated.AggreVateDAgent(config)
-    agent.workers = aggrevated.Workers(config)
-    try:
-        return agent.evaluate("expert", episodes, stream)
-    finally:
-        agent.close()
+def merge(paths: list[Path], which: str, env_name: str, net_arch: list[int], zip_path: Path):
+    """Save the mean of the checkpoints' weights, actor's and critics', as a plain SB3 agent.
+
+    A fresh agent takes them, so that no optimiser state or buffer comes along.  Its gamma is SB3's
+    default, as the run's.  Returns the last checkpoint.
+    """
+    checkpoints = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+    states = [checkpoint[which] for checkpoint in checkpoints]
+    mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
+    how = dict(policy_kwargs=dict(net_arch=net_arch), buffer_size=1, device="cpu")
+    model = stable_baselines3.SAC("MlpPolicy", make_env(env_name), **how)
+    model.policy.load_state_dict(mean)
+    model.save(zip_path)
+    return checkpoints[-1]
 
 
-def summary(returns: np.ndarray) -> dict:
-    """Mean, standard deviation, standard error and success rate."""
-    spread = returns.std(ddof=1)
-    return dict(
-        mean=returns.mean(),
-        std=spread,
-        standard_error=spread / len(returns) ** 0.5,
-        success_rate=np.mean(returns >= aggrevated.SOLVED),
-        episodes=len(returns),
-    )
-
-
-def play_after_a_learner(zip_path: Path, env_name: str, n: int) -> list[tuple]:
+def play_after_a_learner(agent: AggreVateDAgent, n: int) -> list[tuple]:
     """(episode, the expert's first step) from states that a half-trained learner got itself into.
 
-    The learner has had 5 iterations of the defaults; it acts for up to 500 steps, a quarter of the
-    longest episode at most, and the expert from there on.
+    It has had 5 iterations of the defaults and acts for up to 500 steps, a quarter of the longest
+    episode at most.  Episodes that end before the expert's turn are left out.
     """
-    config = aggrevated.Config(env_name=env_name, expert_path=str(zip_path), n_workers=1).check()
-    agent = aggrevated.AggreVateDAgent(config)
-    agent.workers = aggrevated.Workers(config)
     for i in range(1, 6):
         agent.iterate(i)
-    rng, simulator, result = np.random.default_rng(SCORE), agent.workers.local, []
-    simulator.policy.load_state_dict(agent.policy.state_dict())
-    for i in range(n):
-        job = aggrevated.Job((SCORE, i), 0.0, 0.0, agent.horizon)
-        t = aggrevated.Trajectory(job, aggrevated.make_env(env_name))
-        switch = rng.integers(min(500, agent.horizon // 4))
-        t.by_expert = np.arange(agent.horizon) >= switch
-        with torch.inference_mode():
-            while not t.step(simulator._act([t])[0]):
-                pass
-        t.finish()
-        if len(t) > switch:  # else the learner fell first
-            result.append((t, switch))
+    firsts = np.random.default_rng(SCORE).integers(min(500, agent.horizon // 4), size=n)
+    alphas = np.arange(agent.horizon) >= firsts[:, None]  # (n, H): the expert's share of each step
+    runs = [agent.simulate([(SCORE, i)], a, 0.0, agent.horizon)[0] for i, a in enumerate(alphas)]
+    return [(t, first) for t, first in zip(runs, firsts) if len(t.rewards) > first]
+
+
+def audit(agent: AggreVateDAgent, episodes: list[tuple], fall_reward: float) -> dict:
+    """Q*(s, a) against the discounted return that then came, a fall paid as the critics know it."""
+    columns = []
+    for t, first in episodes:
+        q = agent.get_q_star(torch.from_numpy(t.states), torch.from_numpy(t.actions))[:, 0].numpy()
+        rewards, end, to_fall = t.rewards.copy(), len(q), np.full(len(q), np.inf)
+        if rewards[-1] == FALL:
+            rewards[-1], to_fall = fall_reward, np.arange(end)[::-1]
+        elif end == agent.horizon:  # what the limit cuts off is taken from Q*, and weighs little
+            rewards[-1], end = q[-1], max(end - 500, end // 4)
+        g = returns_to_go(rewards, agent.expert.gamma)
+        columns.append(np.stack([q, g, to_fall])[:, first:end])
+    q, g, to_fall = np.concatenate(columns, axis=1)
+    result = dict(steps=len(q), mean_q=q.mean(), mean_return=g.mean(), bias=(q - g).mean())
+    result |= dict(correlation=np.corrcoef(q, g)[0, 1], falls=int((to_fall == 0).sum()))
+    if result["falls"]:
+        near = {f"{a}-{b}": (a <= to_fall) & (to_fall < b) for a, b in BEFORE_FALL}
+        result["before_fall"] = {k: dict(q=q[x].mean(), came=g[x].mean()) for k, x in near.items()}
     return result
 
 
-def audit(zip_path: Path, env_name: str, episodes: list[tuple], gamma: float) -> dict:
-    """Q*(s, a_expert) against the discounted return that then came, but not near a time-out."""
-    env = aggrevated.make_env(env_name)
-    expert = aggrevated.SACExpert(zip_path, env.observation_space, env.action_space)
-    q_all, g_all, before_fall = [], [], []
-    for t, start in episodes:
-        q = expert.q_star(t.states, t.actions)[:, 0]
-        rewards, cut = t.rewards.copy(), len(t)
-        if not t.terminated:  # what a time-out cuts off is taken from Q*, and weighs little
-            rewards[-1], cut = q[-1], max(len(t) - 500, len(t) // 4)
-        g = aggrevated.returns_to_go(rewards, gamma)
-        q_all.append(q[start:cut])
-        g_all.append(g[start:cut])
-        if t.terminated and t.rewards[-1] <= -100:
-            before_fall.append((q[-5:].mean(), g[-5:].mean()))
-    q, g = np.concatenate(q_all), np.concatenate(g_all)
-    result = dict(
-        steps=len(q),
-        mean_q=q.mean(),
-        mean_return=g.mean(),
-        bias=(q - g).mean(),
-        correlation=np.corrcoef(q, g)[0, 1],
-        falls=len(before_fall),
-    )
-    if before_fall:
-        fall = np.mean(before_fall, axis=0)
-        result |= dict(q_before_fall=fall[0], return_before_fall=fall[1])
-    return result
+def obstacle(env_name: str, i: int, actions: np.ndarray) -> str:
+    """What episode i of the score ended at: the obstacle nearest to the hull, or grass.
+
+    Obstacles are polygons, known by their size in steps; the ground between them is edges.
+    """
+    env, names = make_env(env_name), {(4, 1): "stairs", (1, 4): "pit"}  # a pit's two sides
+    env.reset(seed=int(np.random.default_rng((SCORE, i)).integers(2**31)))
+    for action in actions:
+        env.step(action)
+    x, near = env.unwrapped.hull.position.x, [(4 * STEP, "grass")]
+    for corners in (np.array(body.fixtures[0].shape.vertices) for body in env.unwrapped.terrain):
+        (left, low), (right, high) = corners.min(axis=0), corners.max(axis=0)
+        size = round((right - left) / STEP), round((high - low) / STEP)
+        if len(corners) == 4:
+            near.append((max(left - x, x - right, 0.0), names.get(size, f"stump_{size[1]}")))
+    return min(near)[1]
 
 
-def average(paths: list[Path], result: Path) -> Path:
-    """Save the agent whose weights, actor's and critics', are the mean of several checkpoints'."""
-    models = [load(path) for path in paths]
-    states = [m.policy.state_dict() for m in models]
-    mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
-    models[-1].policy.load_state_dict(mean)
-    models[-1].save(result)
-    return result
-
-
-def load(path: Path) -> SAC:
-    return SAC.load(path, device="cpu", custom_objects={"lr_schedule": lambda _: 0.0})
-
-
-def choose(run_dir: Path, env_name: str, target: float | None, after: int, n_candidates=5):
-    """The checkpoint that 100 validation episodes like best, and what each candidate got."""
-    log = np.load(run_dir / "evaluations.npz")
-    means, steps = log["results"].mean(axis=1), log["timesteps"]
-    order = np.argsort(-means if target is None else np.abs(means - target))
-    folder, candidates = run_dir / "checkpoints", {}
-    paths = [folder / f"sac_{steps[i]}_steps.zip" for i in order if steps[i] > after]
-    paths = paths[:n_candidates]
-    if target is None:
-        last = [folder / f"sac_{x}_steps.zip" for x in steps]
-        paths += [average(last[-n:], folder / f"average_of_last_{n}.zip") for n in AVERAGES]
-    for path in paths:
-        if path.exists():
-            returns = [t.episode_return for t in play(path, env_name, 100, SELECT)]
-            candidates[path] = float(np.mean(returns))
-            print(f"{path.name}: {candidates[path]:.1f} over 100 validation episodes", flush=True)
-    best = min(
-        candidates, key=lambda p: -candidates[p] if target is None else abs(candidates[p] - target)
-    )
-    return best, {p.name: v for p, v in candidates.items()}
-
-
-def draw_curve(run_dir: Path, folder: Path) -> None:
-    """evaluations.npz as a picture: mean return with its standard error over steps."""
-    log = np.load(run_dir / "evaluations.npz")
-    mean = log["results"].mean(axis=1)
-    error = log["results"].std(axis=1, ddof=1) / log["results"].shape[1] ** 0.5
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.fill_between(log["timesteps"], mean - error, mean + error, alpha=0.3)
-    axes.plot(log["timesteps"], mean)
-    axes.set(xlabel="environment steps", ylabel="return, mean action", title=folder.name)
-    figure.savefig(folder / "curve.png", dpi=90)
-    plt.close(figure)
-
-
-def wall_minutes(run_dir: Path, steps: int) -> float:
-    """Minutes of training up to `steps`, breaks left out, from the TensorBoard events."""
-    minutes = 0.0
-    for path in run_dir.glob("events.*"):
-        log = EventAccumulator(str(path)).Reload()
-        if "rollout/ep_rew_mean" in log.Tags()["scalars"]:
-            times = [x.wall_time for x in log.Scalars("rollout/ep_rew_mean") if x.step <= steps]
-            minutes += (times[-1] - times[0]) / 60 if times else 0.0
-    return minutes
-
-
-def strip(model: SAC, env_name: str) -> SAC:
-    """The agent without optimiser state, replay buffer and training's leftovers."""
-    net_arch = model.policy_kwargs["net_arch"]
-    env = aggrevated.make_env(env_name)
-    fresh = SAC(
-        "MlpPolicy", env, policy_kwargs={"net_arch": net_arch}, buffer_size=1, gamma=model.gamma
-    )
-    fresh.policy.load_state_dict(model.policy.state_dict())
-    return fresh
-
-
-def reward_known(settings: dict, steps: int) -> str:
-    """Which reward the critics were trained on last."""
-    phase = next(p for p in settings["phases"] if steps <= p["until"])
-    if phase["fall_reward"] == -100.0:
-        return "trained on the environment's own reward"
-    return f"trained with {phase['fall_reward']:g} instead of -100 for a fall: a fall only ends"
-
-
-def publish(run_dir, env_name, n, episodes, checkpoint, learner_audit, **how) -> None:
-    """Choose, strip, score and audit; write sac/{env}_{n}/."""
-    folder = HERE / "sac" / f"{env_name}_{n}"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads((run_dir / "settings.json").read_text())
-    if checkpoint:
-        checkpoint, candidates = run_dir / "checkpoints" / checkpoint, {}
-    else:
-        checkpoint, candidates = choose(run_dir, env_name, **how)
-    model = load(checkpoint)
-    zip_path = folder / f"{env_name}.zip"
-    strip(model, env_name).save(zip_path)
-    played = play(zip_path, env_name, episodes, SCORE)
-    returns = np.array([t.episode_return for t in played])
-    np.savetxt(folder / "returns.csv", returns, fmt="%.3f", header="return of each test episode")
-    score = dict(
-        env_name=env_name,
-        run=run_dir.name,
-        checkpoint=checkpoint.name,
-        candidates=candidates,
-        env_steps=int(model.num_timesteps),
-        updates=int(model._n_updates),
-        gamma=model.gamma,
-        reward=reward_known(settings, model.num_timesteps),
-        score=summary(returns),
-        q_audit=audit(zip_path, env_name, [(t, 0) for t in played], model.gamma),
-        q_audit_learner=learner_audit
-        and audit(zip_path, env_name, play_after_a_learner(zip_path, env_name, 100), model.gamma),
-        wall_minutes=wall_minutes(run_dir, model.num_timesteps),
-        versions={m.__name__: m.__version__ for m in (stable_baselines3, torch, gymnasium, np)},
-        settings=settings,
-        sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
-    )
-    (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
-    shutil.copy(run_dir / "evaluations.npz", folder)
-    for events in run_dir.glob("events.*"):
-        shutil.copy(events, folder)
-    draw_curve(run_dir, folder)
-    print(
-        json.dumps(
-            {k: score[k] for k in ("checkpoint", "score", "q_audit")}, indent=1, default=float
-        )
-    )
-
-
-def audited(q: dict) -> str:
-    """An audit in a sentence."""
-    text = (
-        f"bias {q['bias']:+.2f} on a mean return of {q['mean_return']:.2f}, correlation "
-        f"{q['correlation']:.2f} ({q['steps']:,} steps)"
-    )
-    if q["falls"]:
-        text += (
-            f"; in the last 5 steps before {q['falls']} falls Q\\* was {q['q_before_fall']:.1f} "
-            f"and the return {q['return_before_fall']:.1f}"
-        )
-    return text
-
-
-def write_cards() -> None:
-    """README.md: a card for every agent in sac/, from its score.json."""
-    parts = [INTRODUCTION]
-    for path in sorted((HERE / "sac").glob("*/score.json")):
-        card, name = json.loads(path.read_text()), path.parent.name
-        s, q, seed = card["score"], card["q_audit"], card["run"].rsplit("_s", 1)[1]
-        chosen, learner = "for its place in the run, not for its score", ""
-        solved = failures = ""
-        if "Walker" in name:
-            solved = f"{s['success_rate']:.1%} of them at 300 or more; "
-            returns = np.loadtxt(path.parent / "returns.csv")
-            failures = (
-                f"- **Known failures**: a fall in {q['falls']} of those {len(returns)} episodes; "
-                f"{np.mean(returns < 200):.1%} end below 200, a fall or stuck at an obstacle.\n"
-            )
-        if card["candidates"]:
-            several = ", ".join(f"{k} {v:.1f}" for k, v in card["candidates"].items())
-            chosen = f"on 100 validation episodes among: {several}"
-        if card["q_audit_learner"]:
-            states = audited(card["q_audit_learner"])
-            learner = f" From states of a half-trained learner: {states}."
-        parts.append(
-            f"## sac/{name}\n\n![training curve](sac/{name}/curve.png)\n\n"
-            f"- **Score**: {s['mean']:.1f} ± {s['std']:.1f} (standard error "
-            f"{s['standard_error']:.1f}) over {s['episodes']} fresh episodes; {solved}mean action; "
-            f"each return is in `returns.csv`.\n"
-            f"- **Command**: `python rl-trained-agents/train_sac.py --env_name {card['env_name']} "
-            f"--seed {seed}`, settings in `score.json`; checkpoint `{card['checkpoint']}` after "
-            f"{card['env_steps']:,} environment steps, {card['updates']:,} updates and "
-            f"{card['wall_minutes']:.0f} minutes on one core, beside other work; "
-            + ", ".join(f"{k} {v}" for k, v in card["versions"].items())
-            + ".\n"
-            f"- **Chosen** {chosen}.\n- **Critics**: gamma {card['gamma']}, {card['reward']}.\n"
-            f"- **Q\\* against the return that came**: in those episodes {audited(q)}.{learner}\n"
-            f"{failures}"
-            f"- **sha256** `{card['sha256']}`\n"
-        )
-    (HERE / "README.md").write_text("\n".join(parts))
-
-
-INTRODUCTION = """# Experts
-
-SAC agents (Stable-Baselines3) trained by `train_sac.py`, chosen and scored by `publish.py`, which
-also wrote this page from the `score.json` of each agent.  The zips hold the policy and its critics
-without optimiser state; raw logs (`evaluations.npz`, TensorBoard events) lie beside them.
-
-BipedalWalkerHardcore-v3_1 was to reach 280, better 300, and does not.  Its Q\\* lies below the
-return that comes: SAC bootstraps from the smaller of its two critics.  AggreVaTeD uses differences
-of Q\\* between actions in one state only, where a constant cancels.
-"""
+def draw_curve(run_dir: Path, path: Path) -> None:
+    """evaluations.csv as a picture."""
+    log = np.atleast_1d(np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True))
+    x, mean, error = log["updates"], log["average_return"], log["standard_error"]
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(x, mean - error, mean + error, alpha=0.3)
+    axes.plot(x, mean, label="averaged weights, mean action")
+    axes.plot(x, log["sampled_return"], label="training episodes, sampled actions")
+    axes.set(xlabel="updates", ylabel="return", title=run_dir.name)
+    axes.legend()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a run folder of train_sac.py")
-    parser.add_argument("--n", type=int, required=True, help="the agent's number in sac/")
-    parser.add_argument("--target", type=float, help="the return to come near to, not the best")
-    parser.add_argument("--after", type=int, default=0, help="only checkpoints after these steps")
-    parser.add_argument("--checkpoint", help="this one of its checkpoints/, without choosing")
-    parser.add_argument(
-        "--learner_audit", action=argparse.BooleanOptionalAction, default=True,
-        help="audit Q* on the states of a half-trained learner too; it takes some minutes",
-    )  # fmt: skip
-    parser.add_argument("--episodes", type=int, default=500, help="test episodes")
+    option = parser.add_argument
+    option("run_dir", type=Path, help="a run folder of train_sac.py")
+    option("--n", type=int, required=True, help="the agent's number in sac/")
+    option("--first", type=int, default=0, help="no checkpoint before so many updates")
+    option("--last", type=int, default=10**9, help="none after so many")
+    option("--which", choices=("average", "last"), default="average", help="last: of --last alone")
+    option("--env_name", help="by default what the run folder is called, up to _s")
+    option("--episodes", type=int, default=500, help="of the score")
+    option("--learner_episodes", type=int, default=100, help="of the audit after a learner")
+    option("--n_workers", type=int, default=1, help="processes that play")
+    option("--obstacles", action="store_true", help="count at what the episodes below 250 ended")
+    option("--logs", action="store_true", help="copy and draw the run's logs, for its first agent")
+    option("--out", type=Path, default=Path(__file__).resolve().parent / "sac", help="not sac/")
     args = parser.parse_args()
-    env_name = args.run_dir.resolve().name.rsplit("_s", 1)[0]
-    publish(
-        args.run_dir, env_name, args.n, args.episodes, args.checkpoint, args.learner_audit,
-        target=args.target, after=args.after,
-    )  # fmt: skip
-    write_cards()
-
-
-if __name__ == "__main__":
-    main()
+    run_dir = args.run_dir.resolve()
+    env_name = args.env_name or run_dir.name.rsplit("_s", 1)[0]
+    settings = json.loads((run_dir / "settings.json").read_text())
+    paths = [p for p in sorted(run_dir.glob("*.pt")) if args.first <= int(p.stem) <= args.last]
+    paths = paths if args.which == "average" else paths[-1:]
+    if not paths:
+        parser.error(f"{run_dir} has no checkpoint from --first to --last")
+    folder = args.out / f"{env_name}_{args.n}"
+    folder.mkdir(parents=True, exist_ok=True)
+    zip_path = folder / f"{env_name}.zip"
+    newest = merge(paths, args.which, env_name, settings["net_arch"], zip_path)
+    how = dict(expert_path=str(zip_path), n_workers=args.n_workers, device="cpu")
+    agent = AggreVateDAgent(Config(env_name=env_name, **how).check())
+    played = agent.evaluate("expert", args.episodes, SCORE)
+    rows = np.array([(i, t.rewards.sum(), len(t.rewards)) for i, t in enumerate(played)])
+    np.savetxt(
+        folder / "returns.csv", rows, "%d,%.3f,%d", header="episode,return,length", comments=""
+    )
+    returns, spread = rows[:, 1], rows[:, 1].std(ddof=1)
+    score = dict(
+        env_name=env_name,
+        run=run_dir.name,
+        checkpoints=dict(
+            which=args.which, first=int(paths[0].stem), last=int(paths[-1].stem), number=len(paths)
+        ),
+        **{k: newest[k] for k in ("updates", "env_steps", "minutes")},
+        gamma=agent.expert.gamma,
+        score=dict(
+            mean=returns.mean(),
+            std=spread,
+            standard_error=spread / len(returns) ** 0.5,
+            solved=np.mean(returns >= 300),
+            at_least_250=np.mean(returns >= 250),
+            episodes=len(returns),
+        ),
+        q_audit=audit(agent, [(t, 0) for t in played], settings["fall_reward"]),
+    )

@@ -1,14 +1,13 @@
-"""Draw the README's pictures and print its table from the runs beside this file, nothing else.
+"""Draw the pictures and write README.md here, from the logs beside this file and nothing else.
 
     python logs/reference/draw.py
 
-A run is a folder ROW_sSEED of study.py; expert_n/test.csv has the same episodes played by expert n.
-Needs matplotlib, which tests/requirements.txt installs.
+A run is a folder ROW_sSEED of study.py; expert_TASK/test.csv has the same episodes played by the
+expert.  Needs matplotlib, which tests/requirements.txt installs.
 """
 
 import csv
-import json
-import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,25 +17,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-EXPERTS = HERE.parents[1] / "rl-trained-agents" / "sac"
+AGENTS = HERE.parents[1] / "rl-trained-agents" / "sac"
+sys.path.insert(0, str(HERE))
+from study import ABLATIONS, FIGURE_2, ROWS  # noqa: E402
+
 NAMES = {
-    "aggrevated": "AggreVaTeD",
-    "council": "AggreVaTeD",
-    "aggrevate": "AggreVaTe",
+    "aggrevated": "**AggreVaTeD** (the default)",
     "dagger": "DAgger",
+    "aggrevate": "AggreVaTe",
     "bc": "behaviour cloning",
-    "minmax": "min-max Q\\*",
+    "minmax": "min-max Q\\*, the first script's weights",
+    "natural": "the paper's gradient, natural steps",
+    "adam": "the paper's gradient, Adam",
     "reinforce": "REINFORCE, no expert",
-    "natural": "natural gradient, gap weights",
-    "start_score": "score function, from a cloned start",
-    "start_natural": "score function, natural gradient, from a cloned start",
-    "start_pathwise": "pathwise, from a cloned start",
-    "start_gap": "gap weights, from a cloned start",
+    "imitation_dagger": "DAgger of the library `imitation`",
+    "suboptimal": "AggreVaTeD from expert 2",
+    "bipedal": "BipedalWalker-v3",
+    "pendulum": "Pendulum-v1",
+    "hopper": "Hopper-v5",
+    "walker2d": "Walker2d-v5",
 }
-MEMBER = ("algorithm", "weighting", "optimizer", "init_path")  # options that choose a row
+ROWS = ROWS | {"imitation_dagger": ("hardcore", {}, 3)}
 
 
-def read(path: Path, columns: tuple[str, ...]) -> dict[tuple, list[float]]:
+# -- reading ---------------------------------------------------------------------------------------
+def read(path: Path, *columns: str) -> dict[tuple, list[float]]:
     """Returns of a CSV's episodes, grouped by the given columns, in the order of the file."""
     groups: dict[tuple, list[float]] = {}
     with open(path, newline="") as file:
@@ -45,36 +50,49 @@ def read(path: Path, columns: tuple[str, ...]) -> dict[tuple, list[float]]:
     return groups
 
 
-def rows() -> dict[str, list[Path]]:
-    """The scored runs of every row, by seed."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(HERE.glob("*_s*/test.csv")):
-        found.setdefault(path.parent.name.rsplit("_s", 1)[0], []).append(path.parent)
-    return found
+def runs(row: str) -> list[Path]:
+    """The scored runs of a row, by seed."""
+    return [path.parent for path in sorted(HERE.glob(f"{row}_s[0-9]*/test.csv"))]
 
 
-def changes(run: Path) -> dict[str, tuple]:
-    """Where a run's config differs from the default's: {field: (its value, the default)}."""
-    its, default = (
-        json.loads((path / "config.json").read_text()) for path in (run, HERE / "aggrevated_s0")
-    )
-    pairs = {k: (its.get(k, default[k]), default[k]) for k in default}  # older runs lack some
-    return {k: v for k, v in pairs.items() if v[0] != v[1] and k not in ("seed", "log_dir")}
+def scored(*rows: str) -> list[str]:
+    """Those of the rows that have runs."""
+    return [row for row in rows if runs(row)]
 
 
-def is_ablation(run: Path) -> bool:
-    """Whether a run is of the default's algorithm and experts, with some other setting changed."""
-    changed = changes(run).keys()
-    return bool(changed) and not changed & {"expert_path", *MEMBER}
+def returns(row: str, who: str) -> np.ndarray:
+    """Test returns (seeds, episodes) of a row's "best" or "last" policies."""
+    tests = [read(run / "test.csv", "policy") for run in runs(row)]
+    return np.array([test.get((who,), test[("last",)]) for test in tests])
 
 
-def expert_returns() -> dict[str, np.ndarray]:
-    """Test returns by expert number."""
-    paths = HERE.glob("expert_*/test.csv")
-    return {p.parent.name[7:]: np.array(read(p, ("policy",))[("expert",)]) for p in paths}
+def expert(task: str) -> np.ndarray:
+    """The expert's test returns (1, episodes)."""
+    return np.array(list(read(HERE / f"expert_{task}" / "test.csv", "policy").values()))
 
 
-def paired_interval(a: np.ndarray, b: np.ndarray, draws=4000) -> tuple[float, float]:
+def curve(row: str) -> tuple[np.ndarray, np.ndarray]:
+    """Environment steps (evaluations,) and validation means (seeds, evaluations) of the learner."""
+    steps, means = [], []
+    for run in runs(row):
+        groups = read(run / "evaluations.csv", "policy", "env_steps")
+        groups = {int(steps): x for (policy, steps), x in groups.items() if policy == "learner"}
+        steps.append(list(groups))
+        means.append([np.mean(x) for x in groups.values()])
+    return np.mean(steps, axis=0), np.array(means)
+
+
+def cost(row: str) -> tuple[float, float]:
+    """Environment steps and minutes of training, without evaluation, mean over the seeds."""
+    last = []
+    for run in runs(row):
+        with open(run / "evaluations.csv", newline="") as file:
+            last.append(list(csv.DictReader(file))[-1])
+    return tuple(np.mean([(float(x["env_steps"]), float(x["seconds"]) / 60) for x in last], axis=0))
+
+
+# -- comparing -------------------------------------------------------------------------------------
+def interval(a: np.ndarray, b: np.ndarray, draws=4000) -> tuple[float, float]:
     """95 % bootstrap interval of mean(a) - mean(b), each (seeds, episodes), over both.
 
     The episodes are the same for a and b, the seeds are not.
@@ -89,220 +107,156 @@ def paired_interval(a: np.ndarray, b: np.ndarray, draws=4000) -> tuple[float, fl
 
 
 def versus(a: np.ndarray, b: np.ndarray) -> str:
-    """Mean of a over that of b, by the episodes that both have, with its interval."""
-    a, b = np.atleast_2d(a), np.atleast_2d(b)
-    n = min(a.shape[1], b.shape[1])
-    low, high = paired_interval(a[:, :n], b[:, :n])
-    return f"{a[:, :n].mean() - b[:, :n].mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    """Mean of a minus mean of b, with its interval."""
+    low, high = interval(a, b)
+    return f"{a.mean() - b.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def test_returns(runs: list[Path], who: str) -> np.ndarray:
-    """Test returns (seeds, episodes) of the runs' "best" or "last" policies."""
-    return np.array([read(run / "test.csv", ("policy",))[(who,)] for run in runs])
+# -- tables ----------------------------------------------------------------------------------------
+HEAD = """| {} | seeds × episodes | mean return | ≥ 300 | minus {} (95 % CI) | last iterate, minus {} | steps | min |
+|---|---|---|---|---|---|---|---|"""
 
 
-def name_of(row: str) -> str:
-    """What a row is, without what it learned from."""
-    return NAMES.get(row.removeprefix("sub_").removeprefix("single_"), row)
+def cells(x: np.ndarray) -> str:
+    """How many test returns there are, their mean over the seeds' range, and the share of 300."""
+    by_seed = x.mean(axis=1)
+    spread = f" ({by_seed.min():.1f} to {by_seed.max():.1f})" if len(x) > 1 else ""
+    solved = f"{np.mean(x >= 300):.1%}" if x.max() < 400 else ""
+    return f"{len(x)} × {x.shape[1]} | {x.mean():.1f}{spread} | {solved}"
 
 
-def teachers(run: Path) -> str:
-    """The numbers of the run's experts: "1", or "3+4+5"."""
-    path = json.loads((run / "config.json").read_text())["expert_path"]
-    return "+".join(re.findall(r"v3_(\d+)/", path))
-
-
-def best_of(numbers: str) -> str:
-    """The number of the best of several experts, by their cards: other episodes than these."""
-    cards = {
-        n: EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "score.json" for n in numbers.split("+")
-    }
-    return max(cards, key=lambda n: json.loads(cards[n].read_text())["score"]["mean"])
-
-
-def cost(run: Path) -> tuple[float, float]:
-    """Environment steps and minutes of training of a run."""
-    with open(run / "evaluations.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    return float(last["env_steps"]), float(last["seconds"]) / 60
-
-
-def cells(returns: np.ndarray) -> str:
-    """The table's cells about test returns: how many there are, their mean and success rate."""
-    seeds, episodes = np.atleast_2d(returns).shape
+def line(row: str, reference: dict[str, np.ndarray], name: str = "") -> str:
+    """A row of a table: its best and last policies' test episodes beside a reference's."""
+    best, last = returns(row, "best"), returns(row, "last")
+    steps, minutes = cost(row)
     return (
-        f"{seeds} × {episodes} | {returns.mean():.1f} ± {returns.std():.1f} "
-        f"| {(returns >= 300).mean():.1%}"
+        f"| {name or NAMES[row]} | {cells(best)} | {versus(best, reference['best'])} "
+        f"| {versus(last, reference['last'])} | {steps / 1000:,.0f}k | {minutes:.1f} |"
     )
 
 
-HEAD = (
-    "| {} | seeds × episodes | best on validation: mean ± std | ≥ 300 | minus {} (95 % CI) "
-    "| last iterate | minus {} (95 % CI) | steps | min |\n|---|---|---|---|---|---|---|---|---|"
-)
+def expert_line(task: str, name: str) -> str:
+    return f"| **{name}** | {cells(expert(task))} | | | | |"
 
 
-def line(name: str, runs: list[Path], best_reference, last_reference) -> str:
-    """A row of a table: test episodes of the best and the last policies beside the references."""
-    best, last = test_returns(runs, "best"), test_returns(runs, "last")
-    steps, minutes = np.mean([cost(run) for run in runs], axis=0)
-    if not curve(runs)[1].argmax(axis=1).any():  # validation liked iteration 0 best
-        name += " (best is its start)"
-    return (
-        f"| {name} | {cells(best)} | {versus(best, best_reference)} "
-        f"| {last.mean():.1f} | {versus(last, last_reference)} | {steps / 1000:.0f}k "
-        f"| {minutes:.1f} |"
-    )
+def against_expert(task: str) -> dict[str, np.ndarray]:
+    return dict.fromkeys(("best", "last"), expert(task))
 
 
-def ranked(named: dict[str, list[Path]], *references) -> list[str]:
-    """Rows of a table for the runs by name, the best row first."""
-    order = sorted(named, key=lambda name: -test_returns(named[name], "best").mean())
-    return [line(name, named[name], *references) for name in order]
-
-
-def table() -> str:
-    """The README's table of results: each row of the study beside its best expert."""
-    experts, found = expert_returns(), rows()
-    lines = [HEAD.format("policy", "single expert", "single expert")]
-    groups = {teachers(run) for runs in found.values() for run in runs}
-    for numbers in sorted(groups, key=lambda g: -experts[g].mean()):
-        n = best_of(numbers)
-        expert = experts[n]
-        if n != numbers:
-            together, names = experts[numbers], numbers.replace("+", ", ")
-            singly = ", ".join(f"{experts[k].mean():.1f}" for k in numbers.split("+"))
-            lines.append(
-                f"| **experts {names} together** (singly {singly}) | {cells(together)} "
-                f"| {versus(together, expert)} | | | | |"
-            )
-        card = ", best by its card" if n != numbers else ""
-        lines.append(f"| **expert {n}{card}** | {cells(expert)} | | | | | |")
-        mine = {
-            name_of(row): runs
-            for row, runs in found.items()
-            if teachers(runs[0]) == numbers and not is_ablation(runs[0])
-        }
-        lines += ranked(mine, expert, expert)
+def hardcore_table() -> str:
+    """The result: every row of the task beside its expert, the best first."""
+    main = [r for r, (task, _, _) in ROWS.items() if task == "hardcore" and r not in ABLATIONS]
+    order = sorted(scored(*main), key=lambda row: -returns(row, "best").mean())
+    lines = [HEAD.format("policy", "its expert", "its expert")]
+    lines.append(expert_line("hardcore", "expert 1 (SAC)"))
+    lines += [line(row, against_expert("hardcore")) for row in order]
+    if scored("suboptimal"):
+        lines.append(expert_line("suboptimal", "expert 2, an early checkpoint"))
+        lines.append(line("suboptimal", against_expert("suboptimal")))
     return "\n".join(lines)
 
 
-def ablations() -> str:
-    """The README's table of what changes when one choice of the default is taken away."""
-    found = rows()
-    default = [test_returns(found["aggrevated"], who) for who in ("best", "last")]
-    changed = {
-        ", ".join(f"`{k}` {new} (not {old})" for k, (new, old) in changes(runs[0]).items()): runs
-        for row, runs in found.items()
-        if row == "dagger" or is_ablation(runs[0])
-    }
-    head = HEAD.format("the default, but", "default", "default")
-    return "\n".join([head, *reversed(ranked(changed, *default))])
+def ablation_table() -> str:
+    """What changes when one choice of the default is changed."""
+    default = {who: returns("aggrevated", who) for who in ("best", "last")}
+    lines = [HEAD.format("the default, but", "default", "default")]
+    for row in scored(*ABLATIONS):
+        changed = ", ".join(f"`{k}` {v}" for k, v in ABLATIONS[row].items() if k != "eval_every")
+        lines.append(line(row, default, changed))
+    return "\n".join(lines)
 
 
-def curve(runs: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean environment steps (evaluations,) and validation means (seeds, evaluations)."""
-    steps, means = [], []
-    for run in runs:
-        groups = read(run / "evaluations.csv", ("policy", "env_steps"))
-        steps.append([int(k[1]) for k in groups if k[0] == "learner"])
-        means.append([np.mean(v) for k, v in groups.items() if k[0] == "learner"])
-    return np.mean(steps, axis=0), np.array(means)
+def task_table() -> str:
+    """Other tasks, the same defaults."""
+    lines = [HEAD.format("task", "its expert", "its expert")]
+    for task in scored("bipedal", "pendulum", "hopper", "walker2d"):
+        lines.append(expert_line(task, f"{NAMES[task]}: expert"))
+        lines.append(line(task, against_expert(task), f"{NAMES[task]}: learner"))
+    return "\n".join(lines)
 
 
-def draw_curves(name: str, *groups: str) -> None:
-    """Validation returns over environment steps, a panel for each group of experts.
+def figure_2_table() -> str:
+    """The paper's two continuous tasks, member by member."""
+    lines = [HEAD.format("task and method", "its expert", "its expert")]
+    for task in scored("hopper", "walker2d"):
+        lines.append(line(task, against_expert(task), f"{NAMES[task]}: {NAMES['aggrevated']}"))
+        for method in FIGURE_2:
+            for row in scored(f"{task}_{method}"):
+                name = f"{NAMES[task]}: {NAMES[method]}"
+                lines.append(line(row, against_expert(task), name))
+    return "\n".join(lines)
 
-    The band goes from the worst to the best seed; the lines are the experts' test episodes.
-    """
-    figure, panels = plt.subplots(
-        1, len(groups), figsize=(10, 5), layout="constrained", sharey=True, squeeze=False
-    )
-    experts = expert_returns()
-    for axes, numbers in zip(panels[0], groups):
-        for row, runs in rows().items():
-            if teachers(runs[0]) != numbers or is_ablation(runs[0]):
-                continue
-            steps, means = curve(runs)
-            label = f"{name_of(row)} ({len(runs)})".replace("\\", "")
-            (line,) = axes.plot(steps[1:], means.mean(axis=0)[1:], label=label, linewidth=1.5)
-            axes.fill_between(
-                steps[1:], means.min(0)[1:], means.max(0)[1:], alpha=0.2, color=line.get_color()
-            )
-        n = best_of(numbers)
-        log = np.load(EXPERTS / f"BipedalWalkerHardcore-v3_{n}" / "evaluations.npz")
-        means = log["results"].mean(axis=1)
-        axes.plot(log["timesteps"], means, color="black", label="SAC from scratch")
-        axes.axhline(experts[n].mean(), color="black", linestyle="--", label=f"expert {n}")
-        if n != numbers:
-            axes.axhline(
-                experts[numbers].mean(), color="black", linestyle=":", label="experts together"
-            )
-        names = f"expert{'s' * ('+' in numbers)} {numbers.replace('+', ', ')}"
-        title = f"learned from {names} (seeds)"
-        axes.set(xscale="log", xlabel="environment steps", title=title)
-        axes.set_xlim(2e4, None)
-        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[0, 0].set_ylabel("return, mean action")
+
+def sentences() -> str:
+    """The comparisons that the table does not have."""
+    pairs = [("aggrevated", other) for other in ("dagger", "aggrevate", "bc", "imitation_dagger")]
+    pairs += [(t, f"{t}_{m}") for t in ("hopper", "walker2d") for m in ("dagger", "natural")]
+    lines = []
+    for a, b in pairs:
+        if runs(a) and runs(b):
+            best, last = (versus(returns(a, who), returns(b, who)) for who in ("best", "last"))
+            lines.append(f"- `{a}` minus `{b}`: {best} by the best iterate, {last} by the last one.")
+    return "\n".join(lines)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+def draw_curves(name: str, title: str, task: str, rows: dict[str, str], sac: Path | None) -> None:
+    """Validation returns over environment steps; bands from the worst to the best seed."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for row, label in rows.items():
+        if not runs(row):
+            continue
+        steps, means = curve(row)
+        label = f"{label} ({len(means)} seeds)" if len(means) > 1 else f"{label} (1 seed)"
+        (drawn,) = axes.plot(steps[1:], means.mean(axis=0)[1:], label=label, linewidth=1.6)
+        low, high = means.min(axis=0)[1:], means.max(axis=0)[1:]
+        axes.fill_between(steps[1:], low, high, alpha=0.2, color=drawn.get_color())
+    if sac:
+        log = np.genfromtxt(sac, delimiter=",", names=True)
+        axes.plot(log["env_steps"], log["average_return"], color="gray", label="SAC from scratch")
+    axes.axhline(expert(task).mean(), color="black", linestyle="--", label="the expert")
+    axes.set(xscale="log", xlabel="environment steps", ylabel="return, mean action", title=title)
+    axes.legend(fontsize=8)
     figure.savefig(HERE / name, dpi=110)
     plt.close(figure)
 
 
-def draw_histogram() -> None:
-    """Returns of the test episodes, best learners against their best expert."""
-    runs, experts = rows()["aggrevated"], expert_returns()
-    n = best_of(teachers(runs[0]))
-    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    both = {f"expert {n}": experts[n], "learner": test_returns(runs, "best").ravel()}
-    for label, x in both.items():
-        weights = np.full(len(x), 1 / len(x))
-        axes.hist(x, np.arange(-150, 340, 10), weights=weights, alpha=0.5, label=label)
-    axes.set(xlabel="return of a test episode", ylabel="share, log scale", yscale="log")
+def draw_why() -> None:
+    """The gap of a cloned learner over the steps before its falls, and whether Q* is right there."""
+    log = np.genfromtxt(HERE / "why.csv", delimiter=",", names=True)
+    falls, usual = log[log["steps_before_fall"] > 0], log[log["steps_before_fall"] == 0][0]
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    axes.plot(falls["steps_before_fall"], falls["gap"], label="before a fall")
+    axes.axhline(usual["gap"], color="black", linestyle="--", label="in episodes that end well")
+    axes.invert_xaxis()
+    axes.set(xlabel="steps before the fall", ylabel="Q*(s, expert) - Q*(s, learner)")
     axes.legend()
-    figure.savefig(HERE / "returns.png", dpi=110)
+    figure.savefig(HERE / "why.png", dpi=110)
     plt.close(figure)
 
 
-def sentences() -> str:
-    """The differences that the README has beside its table."""
-    experts, found = expert_returns(), rows()
-    best, last = (
-        {row: test_returns(runs, who) for row, runs in found.items()} for who in ("best", "last")
-    )
-    mine, clone = best["aggrevated"], best["single_bc"]
-    result = {"minus expert 1, first 500 episodes": versus(mine[:, :500], experts["1"])}
-    for row in ("aggrevated", "sub_council"):
-        numbers = teachers(found[row][0])
-        top = max(numbers.split("+"), key=lambda n: experts[n].mean())
-        result[f"{row} minus expert {top}, best here"] = versus(best[row], experts[top])
-        result[f"{row} minus the experts together"] = versus(best[row], experts[numbers])
-    result |= {
-        "minus DAgger": versus(mine, best["dagger"]),
-        "minus AggreVaTe": versus(mine, best["aggrevate"]),
-        "last minus AggreVaTe's last": versus(last["aggrevated"], last["aggrevate"]),
-        "minus cloning": versus(mine, best["bc"]),
-        "minus DAgger, expert 1 alone": versus(best["single_aggrevated"], best["single_dagger"]),
-        "natural gradient minus its start": versus(last["single_start_natural"], clone),
-        "pathwise minus its start": versus(last["single_start_pathwise"], clone),
-    }
-    return "\n".join(f"{name}: {text}" for name, text in result.items())
-
-
-def speed() -> str:
-    """The README's table of ratios, from what tests/benchmark.py saved."""
-    log = json.loads((HERE / "benchmark.json").read_text())
-    lines = ["| ratio | measured | goal | |", "|---|---|---|---|"]
-    for g in log["goals"]:
-        sign, met = {">=": "≥", "<=": "≤"}[g["sign"]], "met" if g["met"] else "not met"
-        lines.append(f"| {g['goal']} | {g['value']:.3g} | {sign} {g['bound']:g} | {met} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    print(table(), ablations(), sentences(), speed(), sep="\n\n")
-    draw_curves("learning_curve.png", "1+6+7+8+9", "1")
-    draw_curves("learning_curve_2.png", "3+4+5", "2")
-    draw_histogram()
+    from text import README
+
+    if runs("aggrevated"):
+        rows = {
+            "aggrevated": "AggreVaTeD", "dagger": "DAgger", "imitation_dagger": "DAgger, imitation",
+            "bc": "behaviour cloning", "natural": "the paper's gradient",
+        }  # fmt: skip
+        sac = AGENTS / "BipedalWalkerHardcore-v3_1" / "evaluations.csv"
+        draw_curves("learning_curve.png", "BipedalWalkerHardcore-v3", "hardcore", rows, sac)
+    for task in scored("hopper", "walker2d"):
+        rows = {task: "AggreVaTeD"} | {
+            f"{task}_{k}": NAMES[k].replace("REINFORCE, no expert", "REINFORCE") for k in FIGURE_2
+        }
+        draw_curves(f"{task}.png", NAMES[task], task, rows, None)
+    if (HERE / "why.csv").exists():
+        draw_why()
+    tables = dict(
+        hardcore=hardcore_table(), ablations=ablation_table(), tasks=task_table(),
+        figure_2=figure_2_table(), sentences=sentences(),
+    )  # fmt: skip
+    (HERE / "README.md").write_text(README.format(**tables))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Run rows of the study, each with the defaults but for what ROWS says, and score them.
+"""Run rows of the study and score them on the test episodes.
 
-    python logs/reference/study.py aggrevated dagger --seeds 0 1 2 --experts 1
+    python logs/reference/study.py aggrevated dagger          every seed that the row has
+    python logs/reference/study.py aggrevated --seeds 0 1     some of them
+    python logs/reference/study.py --list
 
-A run lands in logs/reference/ROW_sSEED with its config, evaluations, events, best.pt and (but for
-ablations) last.pt; test.csv has returns on fresh test episodes, the same terrains for every row.
-What is there already is not done again, and more --episodes are added to those there.  One process
-uses one core.
+A run is `python aggrevated.py` with the options of its row; it lands in logs/reference/ROW_sSEED
+with its config, evaluations, events and chosen policy (best.pt).  test.csv has the returns of fresh
+test episodes, the same terrains for every row of a task, played once by the best iterate on
+validation and once by the last one.  What is there already is not done again.  One process uses one
+core.  The agents of the RL Zoo that the MuJoCo rows imitate are not shipped: see README.md.
 """
 
 import argparse
@@ -14,145 +17,141 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import aggrevated  # noqa: E402
 
-SAC = aggrevated.SAC_ZIP
-FILM = aggrevated.AggreVateDAgent.film
-CLONED = dict(init_path="logs/reference/single_bc_s{seed}/best.pt", alpha_decay_iterations=1)
-FAMILY = {
-    "aggrevated": {},
+SAC = "rl-trained-agents/sac/{0}_{1}/{0}.zip"
+HARDCORE = "BipedalWalkerHardcore-v3"
+TASKS = {  # name: (options, test episodes)
+    "hardcore": ({}, 500),
+    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500),
+    "bipedal": (dict(env_name="BipedalWalker-v3"), 100),
+    "pendulum": (dict(env_name="Pendulum-v1"), 100),
+    "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100),
+    "walker2d": (dict(env_name="Walker2d-v5", expert_path=SAC.format("Walker2d-v3", 1)), 100),
+}
+# The paper's own gradient, as its authors use it: large batches, one step on each, alpha falling
+# over many iterations.  Hardcore needs longer steps; see README.md.
+LONG = dict(eval_every=5, eval_episodes=20, update_sz=100_000, train_repeat=1)
+NATURAL = dict(algorithm="score", optimizer="natural", **LONG)
+MUJOCO = dict(K=100, max_iteration=80, alpha_decay_iterations=40)
+FIGURE_2 = {
+    "natural": NATURAL | MUJOCO | dict(kl_step=0.02),
+    "adam": dict(algorithm="score", lr=1e-3, final_lr=1e-3, **LONG) | MUJOCO,
     "dagger": dict(algorithm="dagger"),
-    "bc": dict(algorithm="bc"),
-    "aggrevate": dict(algorithm="aggrevate"),
-    "minmax": dict(weighting="minmax"),
-    "reinforce": dict(algorithm="reinforce"),
-    "natural": dict(optimizer="natural", train_repeat=20, update_sz=5_000),
-    "start_gap": CLONED,
-    "start_score": CLONED | dict(weighting="score", lr=3e-4),
-    "start_pathwise": CLONED | dict(weighting="pathwise", lr=1e-4),
-    "start_natural": CLONED
-    | dict(weighting="score", optimizer="natural", train_repeat=5, update_sz=10_000),
+    "reinforce": dict(algorithm="reinforce", lr=1e-3, final_lr=1e-3, **LONG) | MUJOCO,
 }
 ABLATIONS = {
+    "cut_100": dict(gap_cut=100.0),
     "factor_1": dict(gap_factor=1.0),
     "factor_10": dict(gap_factor=10.0),
-    "cut_100": dict(gap_cut=100.0),
     "noise_0": dict(roll_in_noise=0.0),
-    "K_10": dict(K=10, max_iteration=30, alpha_decay_iterations=8),
     "slow_alpha": dict(alpha_decay_iterations=10),
-    "half_data": dict(max_experience_len=50_000),
-    "one_pass": dict(train_repeat=1),
     "hidden_256": dict(hidden_dim=256),
-    "H_500": dict(H=500),
-    "N_60": dict(max_iteration=60, max_experience_len=1_000_000, eval_every=12),
-    "argmax": dict(temperature=0.0),
-    "min": dict(combine="min"),
-    "max": dict(combine="max"),
-    "argmax_max": dict(temperature=0.0, combine="max"),
+    "K_20": dict(K=20),
+    "N_30": dict(max_iteration=30, alpha_decay_iterations=8, eval_every=6),
 }
-ROWS = FAMILY | ABLATIONS
-for prefix, n in {"single": 1, "sub": 2}.items():  # one expert: the strongest, a sub-optimal one
-    ROWS |= {f"{prefix}_{k}": dict(expert_path=SAC.format(n)) | v for k, v in FAMILY.items()}
-ROWS["sub_council"] = dict(expert_path=",".join(SAC.format(n) for n in (3, 4, 5)))
+ROWS = {  # row: (task, options, seeds)
+    "aggrevated": ("hardcore", {}, 5),
+    "dagger": ("hardcore", dict(algorithm="dagger"), 5),
+    "aggrevate": ("hardcore", dict(algorithm="aggrevate"), 3),
+    "bc": ("hardcore", dict(algorithm="bc"), 3),
+    "minmax": ("hardcore", dict(algorithm="minmax"), 3),
+    "natural": (
+        "hardcore",
+        NATURAL | dict(K=300, max_iteration=100, alpha_decay_iterations=60, kl_step=0.1),
+        3,
+    ),
+    "reinforce": ("hardcore", FIGURE_2["reinforce"], 1),
+    "suboptimal": ("suboptimal", {}, 5),
+}
+ROWS |= {name: ("hardcore", options, 3) for name, options in ABLATIONS.items()}
+ROWS |= {task: (task, {}, 5) for task in ("bipedal", "pendulum", "hopper", "walker2d")}
+ROWS |= {
+    f"{task}_{name}": (task, options, 3)
+    for task in ("hopper", "walker2d")
+    for name, options in FIGURE_2.items()
+}
 
 
-def play(config, who: str, episodes: range, weights=None) -> list[tuple]:
-    """(return, length) of test episodes of "learner" or "expert", by the mean action."""
-    config = replace(config, n_workers=1, n_threads=1, init_path="")
+def play(config: aggrevated.Config, who: str, episodes: int, weights=None) -> list[tuple]:
+    """(return, length) of the test episodes of "learner" or "expert", by the mean action."""
+    config.n_workers, config.init_path = 1, ""
     agent = aggrevated.AggreVateDAgent(config)
     if weights is not None:
         agent.policy.load_state_dict(weights)
-    agent.workers = aggrevated.Workers(config)
-    played = agent.evaluate(who, episodes.stop, aggrevated.TEST, episodes.start)
-    return [(t.episode_return, len(t)) for t in played]
+    played = agent.evaluate(who, episodes, aggrevated.TEST)
+    return [(round(float(t.rewards.sum()), 3), len(t.rewards)) for t in played]
 
 
-def add(path: Path, played: dict, episodes: int) -> None:
-    """Bring test.csv up to so many episodes of every policy; played[policy](range) plays some."""
-    rows = {who: [] for who in played}
-    if path.exists():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                rows[row["policy"]].append((row["return"], row["length"]))
-    for who, play_some in played.items():
-        if len(rows[who]) < episodes:
-            rows[who] += play_some(range(len(rows[who]), episodes))
+def write(path: Path, played: dict[str, list[tuple]]) -> None:
+    """test.csv, a line per episode."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("policy", "episode", "return", "length"))
-        table.writerows((who, i, *x) for who in rows for i, x in enumerate(rows[who]))
+        table.writerows((who, i, *x) for who in played for i, x in enumerate(played[who]))
+
+
+def score_expert(task: str) -> None:
+    """expert_TASK/test.csv: the expert itself on the test episodes of its task."""
+    options, episodes = TASKS[task]
+    path = HERE / f"expert_{task}" / "test.csv"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        config = aggrevated.Config(**options).check()
+        write(path, {"expert": play(config, "expert", episodes)})
 
 
 def score(run: Path, episodes: int) -> None:
-    """Write run/test.csv for the best and the last policy; the expert's is beside the runs."""
-    path = run / "test.csv"
-    if path.exists() and path.read_text().count("\n") > 2 * episodes:
-        return
-    states = {w: aggrevated.load_checkpoint(run / f"{w}.pt") for w in ("best", "last")}
-    players = {  # one, which plays once, if best and last are the same iterate
-        s["iteration"]: cache(partial(play, s["config"], "learner", weights=s["policy"]))
-        for s in states.values()
-    }
-    add(path, {w: players[s["iteration"]] for w, s in states.items()}, episodes)
+    """run/test.csv: the iterate that validation chose, and the last one."""
+    best, last = (aggrevated.load_checkpoint(run / f"{name}.pt") for name in ("best", "last"))
+    played = {"best": play(best["config"], "learner", episodes, best["policy"])}
+    same = best["iteration"] == last["iteration"]
+    played["last"] = (
+        played["best"] if same else play(last["config"], "learner", episodes, last["policy"])
+    )
+    write(run / "test.csv", played)
+    (run / "last.pt").unlink()  # it holds the experience
 
 
-def score_expert(n: str, episodes: int) -> None:
-    """Write expert_n/test.csv: the same episodes, played by the expert itself."""
-    config = aggrevated.Config(expert_path=",".join(map(SAC.format, n.split("+")))).check()
-    folder = HERE / f"expert_{n}"
-    folder.mkdir(exist_ok=True)
-    add(folder / "test.csv", {"expert": partial(play, config, "expert")}, episodes)
-
-
-def strip(path: Path) -> None:
-    """Leave a checkpoint what evaluating needs: no data, no optimiser."""
-    state = torch.load(path, weights_only=True)
-    torch.save({k: state[k] for k in state if k not in ("experience", "optimizer")}, path)
-
-
-def train(row: str, seed: int, folder: Path) -> None:
-    """One run into `folder`, by the command that a user would give."""
-    options = ROWS[row] | dict(seed=seed, n_workers=1, n_threads=1)
-    if "init_path" in options:
-        options["init_path"] = options["init_path"].format(seed=seed)
+def train(row: str, seed: int, run: Path) -> None:
+    """One run, by the command that a user would give."""
+    task, changes, _ = ROWS[row]
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as log_dir:
-        log_dir = os.path.relpath(log_dir)  # it ends up in the run's own files
-        one = (row, seed) == ("aggrevated", 0)  # films are large
-        aggrevated.AggreVateDAgent.film = FILM if one else lambda agent: None
-        if aggrevated.main([f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]):
+        options = TASKS[task][0] | changes | dict(seed=seed, n_workers=1)
+        options["log_dir"] = os.path.relpath(log_dir)  # it ends up in the run's own files
+        if (row, seed) != ("aggrevated", 0):  # films are large
+            aggrevated.film = lambda *_: None
+        if aggrevated.main([f"--{k}={v}" for k, v in options.items()]):
             sys.exit(f"{row}, seed {seed} stopped")
-        (run,) = Path(log_dir).iterdir()
-        strip(run / "last.pt")
-        shutil.move(run, folder)
+        (made,) = Path(log_dir).iterdir()
+        shutil.move(made, run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", help="of: " + ", ".join(ROWS))
-    parser.add_argument("--experts", nargs="*", default=[], help="to score: 1, or 3+4+5 as one")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="see --list")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: all that the row has")
+    parser.add_argument("--list", action="store_true", help="print all rows and what is missing")
     args = parser.parse_args()
-    for n in args.experts:
-        score_expert(n, args.episodes)
-    for seed in args.seeds:
-        for row in args.rows:
-            folder = HERE / f"{row}_s{seed}"
-            if not folder.exists():
-                train(row, seed, folder)
-            score(folder, args.episodes)
-            if row in ABLATIONS:  # room for what no headline needs
-                (folder / "last.pt").unlink(missing_ok=True)
-            print(f"{folder.name} scored", flush=True)
+    for row in ROWS if args.list else args.rows:
+        task, options, n_seeds = ROWS[row]
+        runs = [(seed, HERE / f"{row}_s{seed}") for seed in args.seeds or range(n_seeds)]
+        if args.list:
+            missing = [seed for seed, run in runs if not (run / "test.csv").exists()]
+            print(f"{row:20s} {task:12s} seeds missing: {missing or 'none'}  {options}")
+            continue
+        score_expert(task)
+        for seed, run in runs:
+            if not run.exists():
+                train(row, seed, run)
+            if not (run / "test.csv").exists():
+                score(run, TASKS[task][1])
+            print(f"{run.name} scored", flush=True)
 
 
 if __name__ == "__main__":
