@@ -68,7 +68,7 @@ def mend(sentence: str):
     try:
         yield
     except Exception as error:  # a foreign or damaged file raises a dozen types
-        raise UserError(f"{sentence} ({str(error).splitlines()[0][:150]}).") from None
+        raise UserError(f"{sentence} ({error!r:.150}).") from None
 
 
 # == 1. Config: every setting ====================================================================
@@ -108,7 +108,7 @@ class Config:
     gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", 1, 1e6)
     kl_step: float = option(0.01, "natural: KL between old and new policy [nats]", 1e-12, 10)
     gamma: float = option(0.0, "discount of REINFORCE; 0: the one that Q* has", 0, 1)
-    eval_every: int = option(3, "iterations between evaluations; training does not notice", low=1)
+    eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
     eval_episodes: int = option(100, "episodes per evaluation; 20 to 500", low=1)
     log_dir: str = option("logs", "parent of the run folders")
 

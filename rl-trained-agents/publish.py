@@ -2,8 +2,7 @@
 
     python rl-trained-agents/publish.py RUN_DIR --n 1 --first 350000 --last 700000
 
-The score comes from fresh episodes by the mean action in the untouched environment, and nothing
-was ever chosen on them; `score.json` beside the zip has it and what else was measured.
+The score is from fresh episodes in the untouched environment, on which nothing was ever chosen.
 """
 
 import argparse
@@ -12,13 +11,13 @@ import json
 import shutil
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium
+import matplotlib.pyplot as plt
 import numpy as np
-import stable_baselines3
 import torch
-from matplotlib.figure import Figure
+from stable_baselines3 import SAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
@@ -26,31 +25,18 @@ from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
 SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
 FALL = -100.0  # the last reward of an episode that ended in a fall
 BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
-STEP = 14 / 30  # BipedalWalker's unit of terrain [m]
 
 
-def merge(paths: list[Path], which: str, env_name: str, net_arch: list[int], zip_path: Path):
-    """Save the mean of the checkpoints' weights, actor's and critics', as a plain SB3 agent.
-
-    A fresh agent takes them, so that no optimiser state or buffer comes along.  Its gamma is SB3's
-    default, as the run's.  Returns the last checkpoint.
-    """
-    checkpoints = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-    states = [checkpoint[which] for checkpoint in checkpoints]
+def merge(states: list[dict], env_name: str, arch: list[int], zip_path: Path) -> None:
+    """Save the mean of the weights, actor's and critics', in a fresh agent: no optimiser state."""
     mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
-    how = dict(policy_kwargs=dict(net_arch=net_arch), buffer_size=1, device="cpu")
-    model = stable_baselines3.SAC("MlpPolicy", make_env(env_name), **how)
+    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=dict(net_arch=arch))
     model.policy.load_state_dict(mean)
     model.save(zip_path)
-    return checkpoints[-1]
 
 
 def play_after_a_learner(agent: AggreVateDAgent, n: int) -> list[tuple]:
-    """(episode, the expert's first step) from states that a half-trained learner got itself into.
-
-    It has had 5 iterations of the defaults and acts for up to 500 steps, a quarter of the longest
-    episode at most.  Episodes that end before the expert's turn are left out.
-    """
+    """(episode, the expert's first step): before it a half-trained learner acts for up to 500."""
     for i in range(1, 6):
         agent.iterate(i)
     firsts = np.random.default_rng(SCORE).integers(min(500, agent.horizon // 4), size=n)
@@ -64,7 +50,7 @@ def audit(agent: AggreVateDAgent, episodes: list[tuple], fall_reward: float) -> 
     columns = []
     for t, first in episodes:
         q = agent.get_q_star(torch.from_numpy(t.states), torch.from_numpy(t.actions))[:, 0].numpy()
-        rewards, end, to_fall = t.rewards.copy(), len(q), np.full(len(q), np.inf)
+        rewards, end, to_fall = t.rewards.astype(float), len(q), np.full(len(q), np.inf)
         if rewards[-1] == FALL:
             rewards[-1], to_fall = fall_reward, np.arange(end)[::-1]
         elif end == agent.horizon:  # what the limit cuts off is taken from Q*, and weighs little
@@ -72,44 +58,28 @@ def audit(agent: AggreVateDAgent, episodes: list[tuple], fall_reward: float) -> 
         g = returns_to_go(rewards, agent.expert.gamma)
         columns.append(np.stack([q, g, to_fall])[:, first:end])
     q, g, to_fall = np.concatenate(columns, axis=1)
-    result = dict(steps=len(q), mean_q=q.mean(), mean_return=g.mean(), bias=(q - g).mean())
-    result |= dict(correlation=np.corrcoef(q, g)[0, 1], falls=int((to_fall == 0).sum()))
-    if result["falls"]:
-        near = {f"{a}-{b}": (a <= to_fall) & (to_fall < b) for a, b in BEFORE_FALL}
-        result["before_fall"] = {k: dict(q=q[x].mean(), came=g[x].mean()) for k, x in near.items()}
-    return result
+    near = {f"{a}-{b}": (a <= to_fall) & (to_fall < b) for a, b in BEFORE_FALL}
+    table = {k: {"q": q[x].mean(), "return": g[x].mean()} for k, x in near.items() if x.any()}
+    return dict(
+        steps=len(q), mean_q=q.mean(), mean_return=g.mean(), bias=(q - g).mean(),
+        correlation=np.corrcoef(q, g)[0, 1], falls=int(sum(to_fall == 0)), before_fall=table,
+    )  # fmt: skip
 
 
 def obstacle(env_name: str, i: int, actions: np.ndarray) -> str:
-    """What episode i of the score ended at: the obstacle nearest to the hull, or grass.
-
-    Obstacles are polygons, known by their size in steps; the ground between them is edges.
-    """
-    env, names = make_env(env_name), {(4, 1): "stairs", (1, 4): "pit"}  # a pit's two sides
+    """What episode i of the score ended at: the obstacle within 4 steps of the hull, or grass."""
+    env, step, names = make_env(env_name), 14 / 30, {4: "pit", 1: "stairs"}  # terrain's unit
     env.reset(seed=int(np.random.default_rng((SCORE, i)).integers(2**31)))
     for action in actions:
         env.step(action)
-    x, near = env.unwrapped.hull.position.x, [(4 * STEP, "grass")]
+    x, near = env.unwrapped.hull.position.x, [(4 * step, "grass")]
     for corners in (np.array(body.fixtures[0].shape.vertices) for body in env.unwrapped.terrain):
         (left, low), (right, high) = corners.min(axis=0), corners.max(axis=0)
-        size = round((right - left) / STEP), round((high - low) / STEP)
-        if len(corners) == 4:
-            near.append((max(left - x, x - right, 0.0), names.get(size, f"stump_{size[1]}")))
+        width, height = round((right - left) / step), round((high - low) / step)
+        if len(corners) == 4:  # an obstacle, known by its size in steps; the ground is edges
+            name = f"stump_{height}" if width == height else names[height]
+            near.append((max(left - x, x - right, 0.0), name))
     return min(near)[1]
-
-
-def draw_curve(run_dir: Path, path: Path) -> None:
-    """evaluations.csv as a picture."""
-    log = np.atleast_1d(np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True))
-    x, mean, error = log["updates"], log["average_return"], log["standard_error"]
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.fill_between(x, mean - error, mean + error, alpha=0.3)
-    axes.plot(x, mean, label="averaged weights, mean action")
-    axes.plot(x, log["sampled_return"], label="training episodes, sampled actions")
-    axes.set(xlabel="updates", ylabel="return", title=run_dir.name)
-    axes.legend()
-    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -122,46 +92,59 @@ def main() -> None:
     option("--which", choices=("average", "last"), default="average", help="last: of --last alone")
     option("--env_name", help="by default what the run folder is called, up to _s")
     option("--episodes", type=int, default=500, help="of the score")
-    option("--learner_episodes", type=int, default=100, help="of the audit after a learner")
+    option("--learner_episodes", type=int, default=100, help="of the audit after a learner, or 0")
     option("--n_workers", type=int, default=1, help="processes that play")
-    option("--obstacles", action="store_true", help="count at what the episodes below 250 ended")
-    option("--logs", action="store_true", help="copy and draw the run's logs, for its first agent")
+    option("--obstacles", action="store_true", help="count what episodes below 250 ended at")
+    option("--logs", action="store_true", help="copy and draw the run's logs: for its first agent")
     option("--out", type=Path, default=Path(__file__).resolve().parent / "sac", help="not sac/")
     args = parser.parse_args()
     run_dir = args.run_dir.resolve()
     env_name = args.env_name or run_dir.name.rsplit("_s", 1)[0]
     settings = json.loads((run_dir / "settings.json").read_text())
     paths = [p for p in sorted(run_dir.glob("*.pt")) if args.first <= int(p.stem) <= args.last]
-    paths = paths if args.which == "average" else paths[-1:]
     if not paths:
-        parser.error(f"{run_dir} has no checkpoint from --first to --last")
-    folder = args.out / f"{env_name}_{args.n}"
-    folder.mkdir(parents=True, exist_ok=True)
-    zip_path = folder / f"{env_name}.zip"
-    newest = merge(paths, args.which, env_name, settings["net_arch"], zip_path)
-    how = dict(expert_path=str(zip_path), n_workers=args.n_workers, device="cpu")
-    agent = AggreVateDAgent(Config(env_name=env_name, **how).check())
+        parser.error("the run has no checkpoint from --first to --last")
+    checkpoints = [torch.load(p) for p in (paths[-1:] if args.which == "last" else paths)]
+    at = [c["updates"] for c in checkpoints]
+    zip_path = args.out / f"{env_name}_{args.n}" / f"{env_name}.zip"
+    (folder := zip_path.parent).mkdir(parents=True, exist_ok=True)
+    merge([c[args.which] for c in checkpoints], env_name, settings["net_arch"], zip_path)
+    agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=args.n_workers, device="cpu"))
     played = agent.evaluate("expert", args.episodes, SCORE)
-    rows = np.array([(i, t.rewards.sum(), len(t.rewards)) for i, t in enumerate(played)])
-    np.savetxt(
-        folder / "returns.csv", rows, "%d,%.3f,%d", header="episode,return,length", comments=""
-    )
-    returns, spread = rows[:, 1], rows[:, 1].std(ddof=1)
+    rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
+    how = dict(fmt="%d,%.3f,%d", header="episode,return,length", comments="")
+    np.savetxt(folder / "returns.csv", rows, **how)
+    returns, fall_reward = rows[:, 1], settings["fall_reward"]
+    failed = np.flatnonzero(returns < 250) if args.obstacles else ()
     score = dict(
-        env_name=env_name,
-        run=run_dir.name,
-        checkpoints=dict(
-            which=args.which, first=int(paths[0].stem), last=int(paths[-1].stem), number=len(paths)
-        ),
-        **{k: newest[k] for k in ("updates", "env_steps", "minutes")},
+        env_name=env_name, run=run_dir.name,
+        checkpoints=dict(which=args.which, first=at[0], last=at[-1], number=len(at)),
+        **{k: checkpoints[-1][k] for k in ("updates", "env_steps", "minutes")},
         gamma=agent.expert.gamma,
         score=dict(
-            mean=returns.mean(),
-            std=spread,
-            standard_error=spread / len(returns) ** 0.5,
-            solved=np.mean(returns >= 300),
-            at_least_250=np.mean(returns >= 250),
-            episodes=len(returns),
+            mean=returns.mean(), std=(std := returns.std(ddof=1)), episodes=len(returns),
+            standard_error=std / len(returns) ** 0.5,
+            solved=np.mean(returns >= 300), at_least_250=np.mean(returns >= 250),
         ),
-        q_audit=audit(agent, [(t, 0) for t in played], settings["fall_reward"]),
-    )
+        ended_at=Counter(obstacle(env_name, i, played[i].actions) for i in failed),
+        q_audit=audit(agent, [(t, 0) for t in played], fall_reward),
+        q_audit_learner=args.learner_episodes
+        and audit(agent, play_after_a_learner(agent, args.learner_episodes), fall_reward),
+        versions={p: version(p) for p in ("stable_baselines3", "torch", "gymnasium", "numpy")},
+        settings=settings, sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
+    )  # fmt: skip
+    (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
+    if args.logs:
+        weights = shutil.ignore_patterns("*.pt", "resume.*")
+        shutil.copytree(run_dir, folder, ignore=weights, dirs_exist_ok=True)
+        log = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True)
+        plt.errorbar(log["updates"], log["average_return"], log["standard_error"], label="averaged")
+        plt.plot(log["updates"], log["sampled_return"], label="while training")
+        plt.gca().set(xlabel="updates", ylabel="return", title=run_dir.name)
+        plt.legend()
+        plt.savefig(folder / "curve.png", dpi=90)
+    print(json.dumps(score["score"], indent=1, default=float))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 import contextlib
+import csv
 import io
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,79 +11,77 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
-import gymnasium as gym
-import numpy as np
 import pytest
+import stable_baselines3
 import torch
-from stable_baselines3 import SAC
+from torch import nn
 
 import aggrevated
+from aggrevated import AggreVateDAgent, Config
 
 torch.set_num_threads(1)
+PENDULUM_EXPERT = ROOT / "rl-trained-agents/sac/Pendulum-v1_1/Pendulum-v1.zip"
 
 
-class Tiny(gym.Env):
-    """Pendulum's spaces; 3 or 9 steps by the seed (5 at most); refuses a step after the end.
-
-    An observation is (steps so far, length, a random number that tells episodes apart).
-    """
-
-    metadata = {"render_modes": []}
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
-    action_space = gym.spaces.Box(-2, 2, (1,))
-
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.length = 0, int(self.np_random.choice([3, 9]))
-        self.name, self.over = self.np_random.random(), False
-        return self._observe(), {}
-
-    def step(self, action):
-        assert not self.over and self.action_space.contains(action)
-        self.t += 1
-        self.over = self.t == self.length
-        return self._observe(), float(self.t), self.over, False, {}
-
-    def _observe(self):
-        return np.array([self.t, self.length, self.name], dtype=np.float32)
-
-
-gym.register("Tiny-v0", Tiny, max_episode_steps=5)
-
-
-def make_sac(path, env_id="Pendulum-v1", steps=0, use_sde=False, seed=0, **policy_kwargs) -> Path:
-    """The zip of an SB3 SAC agent, hardly trained."""
-    model = SAC(
-        "MlpPolicy", env_id, seed=seed, device="cpu", learning_starts=100, buffer_size=1000,
-        use_sde=use_sde, policy_kwargs=dict(net_arch=[16, 16]) | policy_kwargs,
-    )  # fmt: skip
-    if steps:
-        model.learn(steps)
+def make_sac(path, env_id="Pendulum-v1", kind="SAC", use_sde=False, **policy_kwargs):
+    """Save an untrained SB3 agent to `path`; SAC's actor is loud, so that the bounds matter."""
+    kwargs = dict(policy_kwargs=dict(net_arch=[16, 16]) | policy_kwargs)
+    kwargs |= dict(use_sde=use_sde) if kind == "SAC" else {}
+    model = getattr(stable_baselines3, kind)("MlpPolicy", env_id, seed=0, device="cpu", **kwargs)
+    if kind == "SAC":
+        for layer in (x for x in model.actor.mu.modules() if isinstance(x, nn.Linear)):
+            layer.weight.data.mul_(10)
     model.save(path)
-    return Path(path)
+    return model
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(a, b):
+    """Bitwise equality of nested tensors and values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def only_run(log_dir):
+    (run,) = log_dir.iterdir()
+    return run
+
+
+def evaluations(run):
+    """The rows of evaluations.csv without their seconds."""
+    with open(run / "evaluations.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="session")
-def expert_zip(tmp_path_factory) -> Path:
-    return make_sac(tmp_path_factory.mktemp("expert") / "pendulum.zip", steps=150)
+def expert_zip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("expert") / "pendulum.zip"
+    make_sac(path)
+    return path
 
 
 @pytest.fixture(scope="session")
 def small(expert_zip):
     """small(**changes): the Config values of a run of about a second."""
 
-    def values(**changes) -> dict:
-        return dict(
-            env_name="Pendulum-v1", expert_path=str(expert_zip), device="cpu", n_workers=1,
-            n_threads=1, K=2, H=40, max_iteration=2, alpha_decay_iterations=2, eval_every=1,
-            eval_episodes=2, hidden_dim=16, batch_sz=32, train_repeat=3, lr=1e-3, final_lr=1e-4,
-            log_std_min=-5, log_std_max=1, target_clip=0.99,
-        ) | changes  # fmt: skip
+    values = dict(
+        env_name="Pendulum-v1", expert_path=str(expert_zip), device="cpu", n_workers=1, K=2, H=40,
+        max_iteration=2, alpha_decay_iterations=2, eval_every=1, eval_episodes=2, hidden_dim=16,
+        update_sz=100, batch_sz=32, train_repeat=3, lr=1e-3,
+    )  # fmt: skip
+    return lambda **changes: values | changes
 
-    return values
+
+@pytest.fixture
+def make_agent(small):
+    """make_agent(**changes): an agent without a run folder."""
+    return lambda **changes: AggreVateDAgent(Config(**small(**changes)).check())
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +94,7 @@ def run_main():
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = aggrevated.main(argv)
-        except SystemExit as end:  # --help
+        except SystemExit as end:  # argparse's
             status = end.code
         finally:
             signal.signal(signal.SIGTERM, handler)
@@ -106,29 +104,9 @@ def run_main():
 
 
 @pytest.fixture(scope="session")
-def run_script():
-    """run_script(*args): `python aggrevated.py` in a process of its own."""
-
-    def run(*args, cwd=ROOT, timeout=600):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "aggrevated.py"), *map(str, args)],
-            cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture
-def make_agent(small):
-    """make_agent(**changes): an agent with its simulators, without a run folder."""
-    agents = []
-
-    def make(**changes):
-        config = aggrevated.Config(**small(**changes)).check()
-        agents.append(aggrevated.AggreVateDAgent(config))
-        agents[-1].workers = aggrevated.Workers(config)
-        return agents[-1]
-
-    yield make
-    for agent in agents:
-        agent.close()
+def finished(run_main, small, tmp_path_factory):
+    """The result of a small run, and its folder."""
+    log_dir = tmp_path_factory.mktemp("finished") / "new" / "logs"
+    result = run_main(log_dir=log_dir, **small())
+    assert result.status == 0, result.err
+    return result, only_run(log_dir)

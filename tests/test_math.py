@@ -1,337 +1,225 @@
-import base64
-import itertools
-import json
-import pickle
-import sys
-import zipfile
+import copy
 from types import SimpleNamespace
 
-import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
+import tiny_envs  # noqa: F401  (registers them)
 import torch
 from conftest import make_sac
-from stable_baselines3 import SAC
 from torch import nn
-from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
+from torch.distributions import Normal
+from torch.nn.utils import parameters_to_vector
 
 from aggrevated import (
-    AggreVateDAgent, Council, PolicyNetwork, SACExpert, UserError, conjugate_gradient, flatten,
-    mean_kl,
+    AggreVateDAgent, PolicyNetwork, SACExpert, conjugate_gradient, gap_weights, mean_kl,
+    natural_step, numpy_forward, returns_to_go, standardise,
 )  # fmt: skip
 
 BOXES = {
     "one": gym.spaces.Box(-1, 1, (2,)),
     "two": gym.spaces.Box(-2, 2, (1,)),
-    "asymmetric": gym.spaces.Box(np.float32([-3, 0, -0.5]), np.float32([1, 10, 0.5])),
+    "narrow": gym.spaces.Box(5, 5.5, (1,)),
+    "asymmetric": gym.spaces.Box(np.float32([-3, 0]), np.float32([1, 10])),
 }
-PENDULUM = gym.make("Pendulum-v1")
-SPACES = PENDULUM.observation_space, PENDULUM.action_space
+each_box = pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 
 
-def policy_on(box, spread=1.0):
-    """A float64 learner of 4 observations whose means and deviations vary with the state."""
+def make_policy(box, state_dim=4, hidden_dim=16):
+    """A float64 learner whose means and deviations vary with the state."""
     torch.manual_seed(0)
-    policy = PolicyNetwork(4, box, 16, log_std_min=-5, log_std_max=2).double()
+    policy = PolicyNetwork(gym.spaces.Box(-1, 1, (state_dim,)), box, hidden_dim).double()
     with torch.no_grad():
-        policy.mean.weight.mul_(4 * spread)
-        policy.log_std.weight.mul_(4 * spread)
+        policy.mean.weight.mul_(3)
+        policy.log_std.weight.mul_(20)
+        policy.state_mean += 0.3
+        policy.state_std *= 1.7
     return policy
 
 
-def reference(policy, state, box):
+def states(n, dim=4, seed=1):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ends(box):
+    return torch.as_tensor(box.low).double(), torch.as_tensor(box.high).double()
+
+
+# -- the learner ---------------------------------------------------------------------------------
+@each_box
+def test_log_prob_is_a_gaussians_after_a_change_of_variables(box):
+    policy, state, (low, high) = make_policy(box), states(200), ends(box)
+    y = 1.98 * torch.rand(200, len(low), dtype=torch.float64) - 0.99
     mean, std = policy(state)
-    low, high = torch.tensor(box.low).double(), torch.tensor(box.high).double()
-    return TransformedDistribution(
-        Normal(mean, std), [TanhTransform(), AffineTransform((high + low) / 2, (high - low) / 2)]
-    )
+    slope = (high - low) / 2 * (1 - y**2)  # of the action by u
+    expected = (Normal(mean, std).log_prob(torch.atanh(y)) - slope.log()).sum(1, keepdim=True)
+    log_prob = policy.get_log_prob(state, low + (y + 1) / 2 * (high - low))
+    assert log_prob.shape == (200, 1)
+    torch.testing.assert_close(log_prob, expected)
 
 
-def states(n, seed=1):
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@each_box
+def test_density_integrates_to_1(box):
+    policy, n = make_policy(box), 20_000 if box.shape == (1,) else 300
+    low, high = ends(box)
+    axes = [a + (b - a) * (torch.arange(n) + 0.5) / n for a, b in zip(low, high)]
+    action = torch.cartesian_prod(*axes).view(-1, len(low))
+    cell = ((high - low) / n).prod().item()
+    for state in states(3):
+        density = policy.get_log_prob(state.expand(len(action), -1), action).exp()
+        assert density.sum().item() * cell == pytest.approx(1, abs=1e-3)
 
 
-# -- the learner's density -----------------------------------------------------------------------
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_log_prob_is_that_of_torch(box):
-    policy, state = policy_on(box), states(200)
-    share = torch.rand(200, *box.shape, generator=torch.Generator().manual_seed(2)).double()
-    low, high = torch.tensor(box.low), torch.tensor(box.high)
-    action = low + (0.005 + 0.99 * share) * (high - low)
-    expected = reference(policy, state, box).log_prob(action).sum(dim=1, keepdim=True)
-    assert expected.shape == (200, 1)
-    torch.testing.assert_close(policy.get_log_prob(state, action), expected)
+@each_box
+def test_samples_have_the_distribution_and_the_log_prob_of_the_policy(box):
+    policy, state, (low, high) = make_policy(box), states(1).expand(20_000, -1), ends(box)
+    action, log_prob = policy.sample(state)
+    assert action.shape == (20_000, len(low)) and log_prob.shape == (20_000, 1)
+    mean, std = (x[0].detach() for x in policy(state))
+    z = (torch.atanh(2 * (action.detach() - low) / (high - low) - 1) - mean) / std
+    assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.03
+    torch.testing.assert_close(log_prob, policy.get_log_prob(state, action), rtol=1e-4, atol=1e-4)
+    action.sum().backward()  # reparameterised
+    assert (policy.mean.bias.grad != 0).all() and (policy.log_std.bias.grad != 0).all()
 
 
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_sample_and_its_log_prob_are_those_of_torch(box):
-    policy, state = policy_on(box), states(200)
-    noise = torch.randn(200, *box.shape, generator=torch.Generator().manual_seed(3)).double()
-    action, log_prob = policy.sample(state, noise)
-    distribution = reference(policy, state, box)
-    mean, std = policy(state)
-    expected = distribution.transforms[1](torch.tanh(mean + std * noise))
-    torch.testing.assert_close(action, expected)
-    expected = distribution.log_prob(action).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(log_prob, expected, rtol=1e-6, atol=1e-6)
-    assert action.requires_grad  # reparameterised
-
-
-@pytest.mark.parametrize("low, high", [(-1, 1), (-2, 2), (-3, 1), (5, 5.5)])
-def test_density_integrates_to_1_over_the_box(low, high):
-    policy, n = policy_on(gym.spaces.Box(low, high, (1,)), spread=0.3), 50_000
-    nn.init.constant_(policy.log_std.bias, -0.7)
-    cell = (high - low) / n
-    action = low + cell * (torch.arange(n, dtype=torch.float64)[:, None] + 0.5)
-    for state in states(4):
-        density = policy.get_log_prob(state.expand(n, 4), action).exp()
-        assert density.sum().item() * cell == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize("log_std", [-100.0, 0.0, 100.0])  # between the bounds of -5 and 2
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_values_and_gradients_are_finite_at_the_bounds(box, log_std):
-    policy = policy_on(box, spread=10).float()
-    nn.init.constant_(policy.log_std.bias, log_std)
-    state, low, high = states(3).float(), torch.tensor(box.low), torch.tensor(box.high)
+@pytest.mark.parametrize("bias", [-100.0, 0.0, 100.0])
+@each_box
+def test_values_and_gradients_are_finite_at_the_bounds(box, bias):
+    policy, state = make_policy(box).float(), states(3).float()
+    nn.init.constant_(policy.log_std.bias, bias)
     std = policy(state)[1]
-    assert (std >= np.exp(-5.001)).all() and (std <= np.exp(2.001)).all()
+    assert (std >= np.exp(-2.001)).all() and (std <= np.exp(-0.999)).all()
+    low, high = (x.float().expand(3, -1) for x in ends(box))
     for action in (low, high, low - 1, high + 1, (low + high) / 2):
         policy.zero_grad()
-        log_prob = policy.get_log_prob(state, action.expand(3, -1))
+        log_prob = policy.get_log_prob(state, action)
         log_prob.sum().backward()
         assert log_prob.isfinite().all()
         assert all(p.grad.isfinite().all() for p in policy.parameters())
-    assert torch.equal(
-        policy.get_log_prob(state, high.expand(3, -1)),
-        policy.get_log_prob(state, high.expand(3, -1) + 1),
-    )
-    for noise in (-1e3, 0.0, 1e3):
-        policy.zero_grad()
-        action, log_prob = policy.sample(state, torch.full((3, *box.shape), noise))
-        (action.sum() + log_prob.sum()).backward()
-        assert log_prob.isfinite().all()
-        assert all(p.grad.isfinite().all() for p in policy.parameters())
+        assert bias or all((p.grad != 0).any() for p in policy.parameters())
 
 
-def test_log_prob_counts_what_is_beyond_the_limit_as_at_it():
-    policy, state = policy_on(BOXES["two"]), states(3)
-    at = [policy.get_log_prob(state, torch.full((3, 1), a).double(), 0.9) for a in (1.7, 1.9, 2.0)]
-    assert torch.equal(at[1], at[2]) and not torch.equal(at[0], at[1])
-
-
-def test_every_part_of_a_fresh_learner_has_a_gradient():
-    torch.manual_seed(0)
-    policy = PolicyNetwork(4, BOXES["one"], 16)  # with the bounds it has by default
-    policy.get_log_prob(states(50).float(), torch.full((50, 2), 0.9)).sum().backward()
-    for name, parameter in policy.named_parameters():
-        assert (parameter.grad != 0).any(), name
-
-
-def test_inputs_are_standardised_by_the_states_given():
-    policy, state = policy_on(BOXES["one"]), states(50)
-    offset, scale = torch.tensor([5.0, -3.0, 0.0, 100.0]), torch.tensor([0.1, 2.0, 1.0, 50.0])
-    standard = (state - state.mean(dim=0)) / state.std(dim=0, correction=0)
-    expected = policy(standard)
-    policy.fit_input(offset + scale * state)
-    for own, wanted in zip(policy(offset + scale * state), expected, strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
-    policy.fit_input(torch.ones(5, 4))  # a constant input does no harm
-    assert policy(torch.ones(1, 4).double())[0].isfinite().all()
-
-
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_log_prob_of_a_sample_is_that_of_its_action(box):
-    policy, state = policy_on(box, spread=0.3).float(), states(500).float()
-    torch.manual_seed(0)
-    action, log_prob = policy.sample(state)
-    low, high = torch.tensor(box.low), torch.tensor(box.high)
-    inside = ((action - (low + high) / 2).abs() < 0.495 * (high - low)).all(dim=1)
-    assert inside.sum() > 250
-    torch.testing.assert_close(
-        log_prob[inside], policy.get_log_prob(state, action)[inside], rtol=1e-3, atol=2e-3
-    )
-
-
-def test_samples_are_random_and_predictions_are_the_squashed_mean():
-    policy, state = policy_on(BOXES["asymmetric"]), states(5)
-    assert not torch.equal(policy.sample(state)[0], policy.sample(state)[0])
-    mean = policy(state)[0]
-    expected = torch.tensor([-1.0, 5.0, 0.0]) + torch.tensor([2.0, 5.0, 0.5]) * torch.tanh(mean)
+@each_box
+def test_prediction_is_the_squashed_mean_of_standardised_inputs(box):
+    policy, state, (low, high) = make_policy(box), states(50), ends(box)
+    layers = policy.fc1, nn.ReLU(), policy.fc2, nn.ReLU(), policy.mean
+    mean = nn.Sequential(*layers)((state - 0.3) / 1.7)
+    expected = low + (high - low) * (torch.tanh(mean) + 1) / 2
     torch.testing.assert_close(policy.predict(state), expected)
-    torch.testing.assert_close(policy.predict(state), policy.sample(state, 0 * mean)[0])
 
 
-@pytest.mark.parametrize("pre_tanh", [-100.0, -1.0, 1.0, 100.0])
-def test_predict_stays_within_the_bounds(pre_tanh):
-    rng = np.random.default_rng(0)
-    low = rng.normal(size=2000).astype(np.float32)
-    box = gym.spaces.Box(low, low + rng.uniform(0.01, 5, 2000).astype(np.float32))
-    policy = PolicyNetwork(4, box, 4)
-    nn.init.constant_(policy.mean.bias, pre_tanh)
-    action = policy.predict(states(1).float())[0].detach().numpy()
-    assert box.contains(action)
+@each_box
+def test_act_in_numpy_is_the_same_policy(box):
+    policy, state = make_policy(box).float(), states(50).float()
+    noise = torch.randn(50, *box.shape)
+    mean, std = policy(state)
+    sampled = policy.offset + policy.scale * torch.tanh(mean + std * noise)
+    for eps, expected in ((noise, sampled), (0 * noise, policy.predict(state))):
+        action = policy.act(state.numpy(), eps.numpy())
+        np.testing.assert_allclose(action, expected.detach().numpy(), atol=1e-5)
 
 
-# -- the expert against SB3's own ------------------------------------------------------------------
-def observations(n=50, seed=0):
-    rng = np.random.default_rng(seed)
-    angle, speed = rng.uniform(-np.pi, np.pi, n), rng.uniform(-8, 8, n)
-    return np.stack([np.cos(angle), np.sin(angle), speed], axis=1).astype(np.float32)
+def test_numpy_forward_of_any_activation():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.ELU(), nn.ReLU())
+    x = states(5).float()
+    expected = net(x).detach().numpy()
+    np.testing.assert_allclose(numpy_forward(net, x.numpy()), expected, atol=1e-6)
 
 
-def assert_agrees(expert, model):
-    """Actions and Q* of `expert` are those of SB3's `model`, on arrays and on tensors."""
-    obs = observations()
-    action = np.random.default_rng(1).uniform(-2, 2, (50, 1)).astype(np.float32)
-    expected = model.predict(obs, deterministic=True)[0]
-    scaled = torch.from_numpy(model.policy.scale_action(action))
-    with torch.no_grad():
-        q = torch.cat(model.critic(torch.from_numpy(obs), scaled), dim=1)
-    q = q.min(dim=1, keepdim=True).values.numpy()
-    assert np.abs(expected).max() <= 2 and expected.std() > 0.001 and q.std() > 0.001
-    for convert in (np.asarray, torch.from_numpy):
-        own = expert.predict(convert(obs)), expert.q_star(convert(obs), convert(action))
-        assert all(type(x) is type(convert(obs)) and x.shape == (50, 1) for x in own)
-        np.testing.assert_allclose(own[0], expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(own[1], q, rtol=1e-4, atol=1e-5)
+def test_inside_cuts_actions_to_a_share_of_the_range():
+    policy = make_policy(BOXES["asymmetric"])  # [-3, 1] x [0, 10]: 99 % are [-2.98, 0.98] x ...
+    action = torch.tensor([[-3.0, 10.0], [1.0, 0.0], [0.97, 9.94], [-50, 50]])
+    expected = torch.tensor([[-2.98, 9.95], [0.98, 0.05], [0.97, 9.94], [-2.98, 9.95]])
+    torch.testing.assert_close(policy.inside(action).float(), expected)
+    torch.testing.assert_close(policy.inside(action, 0.5)[0].float(), torch.tensor([-2, 7.5]))
 
 
-def amplified(path):
-    """The same agent with an actor 6 times as loud, so that its bounds matter."""
-    model = SAC.load(path, device="cpu")
-    with torch.no_grad():
-        for layer in model.actor.mu.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.mul_(6)
-    model.save(path)
-    return path, model
-
-
-def test_expert_is_sb3s_agent(expert_zip):
-    assert_agrees(SACExpert(expert_zip, *SPACES), SAC.load(expert_zip, device="cpu"))
-
-
-def test_expert_scales_actions_to_1_for_its_critics(expert_zip):
-    expert, obs = SACExpert(expert_zip, *SPACES), observations(2)
-    with torch.no_grad():
-        q = expert.policy.critic(torch.from_numpy(obs), torch.tensor([[-1.0], [0.5]]))
-    np.testing.assert_allclose(
-        expert.q_star(obs, np.float32([[-2], [1]])), torch.minimum(*q).numpy(), rtol=1e-5
-    )
-
-
+# -- the expert against SB3's own ----------------------------------------------------------------
 KINDS = {
+    "plain": {},
+    "asymmetric box": dict(env_id="tiny_envs:Lopsided-v0"),
     "gsde": dict(use_sde=True),
-    "gsde_clip_mean": dict(use_sde=True, clip_mean=0.5),
-    "gsde_no_clip": dict(use_sde=True, clip_mean=0.0),
+    "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
     "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])),
     "tanh": dict(activation_fn=nn.Tanh),
     "elu": dict(activation_fn=nn.ELU),
-    "three_critics": dict(n_critics=3),
-    "one_layer": dict(net_arch=[20]),
+    "one critic": dict(n_critics=1),
+    "three critics": dict(n_critics=3),
 }
 
 
-@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS)
-def test_expert_of_any_architecture(tmp_path, kwargs):
-    path, model = amplified(make_sac(tmp_path / "expert.zip", **kwargs))
-    assert_agrees(SACExpert(path, *SPACES), model)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_expert_is_sb3s_agent(tmp_path, kind):
+    model = make_sac(tmp_path / "expert.zip", **kind)
+    spaces = model.observation_space, model.action_space
+    expert, rng = SACExpert(tmp_path / "expert.zip", *spaces), np.random.default_rng(0)
+    state = rng.normal(size=(100, 3)).astype(np.float32)
+    low, high = spaces[1].low, spaces[1].high
+    action = rng.uniform(low, high, (100, len(low))).astype(np.float32)
+    expected = model.predict(state, deterministic=True)[0]
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(expert.predict(state), expected, atol=1e-5)
+    scaled = torch.from_numpy(model.policy.scale_action(action))
+    state, action = torch.from_numpy(state), torch.from_numpy(action)
+    q = torch.cat(model.critic(state, scaled), dim=1)
+    own = expert.q_star(state, action)
+    assert own.shape == (100, 1) and not own.requires_grad
+    torch.testing.assert_close(own, q.min(dim=1, keepdim=True).values)
+    assert q.shape[1] == kind.get("n_critics", 2) and own.std() > 0.01
 
 
-def test_expert_is_frozen(expert_zip):
-    expert = SACExpert(expert_zip, *SPACES)
-    assert list(expert.parameters())
-    assert not any(p.requires_grad for p in expert.parameters())
-    assert not any(m.training for m in expert.policy.modules())
+def column(*values):
+    return torch.tensor(values)[:, None]
 
 
-def test_gradient_of_q_star_reaches_the_action(expert_zip):
-    action = torch.zeros(5, 1, requires_grad=True)
-    expert = SACExpert(expert_zip, *SPACES)
-    expert.q_star(torch.from_numpy(observations(5)), action).sum().backward()
-    assert (action.grad != 0).any()
+def test_gap_weights_by_hand():
+    q_expert, q_learner = column(3.0, 1.0, 0.0, -1.0), column(1.0, 5.0, -1.0, -2.0)
+    # gaps 2, 0 (not -4), 1, 1 have mean 1: weights 1 + 3 gap = 7, 1, 4, 4; the cut takes 7 to 5
+    weight = gap_weights(q_expert, q_learner, factor=3.0, cut=20.0)
+    torch.testing.assert_close(weight, column(7.0, 1.0, 4.0, 4.0) / 4)
+    weight = gap_weights(q_expert, q_learner, factor=3.0, cut=5.0)
+    torch.testing.assert_close(weight, column(5.0, 1.0, 4.0, 4.0) / 3.5)
 
 
-def test_zip_of_2021_loads_and_nothing_is_unpickled(expert_zip, tmp_path, monkeypatch):
-    old = tmp_path / "old.zip"
-    with zipfile.ZipFile(expert_zip) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(members["data"])
-    missing = base64.b64encode(b"cgym.spaces.box\nBox\n.").decode()
-    pickled = [v for v in data.values() if isinstance(v, dict) and ":serialized:" in v]
-    assert len(pickled) > 5
-    for i, value in enumerate(pickled):
-        value[":serialized:"] = "!! no base64 !!" if i % 2 else missing
-    members["data"] = json.dumps(data).encode()
-    with zipfile.ZipFile(old, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    model = SAC.load(expert_zip, device="cpu")
-
-    def refuse(*_, **__):
-        raise AssertionError("something was unpickled")
-
-    for module in (pickle, cloudpickle):
-        monkeypatch.setattr(module, "load", refuse)
-        monkeypatch.setattr(module, "loads", refuse)
-    monkeypatch.setattr(pickle, "Unpickler", refuse)
-    with pytest.raises(AssertionError, match="unpickled"):  # by SB3 itself
-        SAC.load(old, device="cpu")
-    assert_agrees(SACExpert(old, *SPACES), model)
-    assert "gym" not in sys.modules
+def test_gap_weights_have_mean_1_follow_the_gap_and_know_no_scale():
+    q_expert, q_learner = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(0))
+    weight = gap_weights(q_expert, q_learner, 3.0, 20.0)
+    assert weight.shape == (500, 1) and weight.mean().item() == pytest.approx(1, abs=1e-5)
+    assert (weight[(q_expert - q_learner).argsort(dim=0)[:, 0]].diff(dim=0) >= 0).all()
+    scaled = gap_weights(70 * q_expert + 9, 70 * q_learner + 9, 3.0, 20.0)
+    torch.testing.assert_close(weight, scaled, rtol=1e-4, atol=1e-4)
+    assert torch.equal(gap_weights(q_expert, q_expert, 3.0, 20.0), torch.ones(500, 1))
 
 
-# -- several experts -------------------------------------------------------------------------------
-def council(tmp_path, how):
-    experts = [
-        SACExpert(make_sac(tmp_path / f"{i}.zip", seed=i), *SPACES)
-        for i in range(3)
-    ]  # fmt: skip
-    return experts, Council(experts, how, 0.0)
+def test_q_star_is_normalised_to_0_1_and_advantages_to_mean_0_and_deviation_1():
+    normalise = AggreVateDAgent.normalize_q_star
+    torch.testing.assert_close(normalise(column(-4.0, 0.0, 1.0, 6.0)), column(0.0, 0.4, 0.5, 1.0))
+    x = standardise(column(1.0, 3.0, 5.0, 7.0))
+    torch.testing.assert_close(x, column(-3.0, -1.0, 1.0, 3.0) / 5**0.5)
+    assert all(f(column(2.0, 2.0)).isfinite().all() for f in (normalise, standardise))
 
 
-@pytest.mark.parametrize("how", ["mean", "min", "max"])
-def test_council_takes_the_action_its_combined_q_star_values_most(tmp_path, how):
-    experts, together = council(tmp_path, how)
-    obs = observations(50)
-    chosen, value = together.predict(obs), together.q_star(obs, together.predict(obs))
-    reduce = dict(mean=np.mean, min=np.min, max=np.max)[how]
-    of_each = []
-    for member in experts:
-        action = member.predict(obs)
-        q = reduce([e.q_star(obs, action) for e in experts], axis=0)
-        np.testing.assert_allclose(together.q_star(obs, action), q, rtol=1e-5, atol=1e-6)
-        of_each.append(q)
-    best = np.argmax(of_each, axis=0)[:, 0]
-    assert len(set(best)) > 1  # or the choice would not be seen
-    np.testing.assert_allclose(value, np.max(of_each, axis=0), rtol=1e-5, atol=1e-6)
-    own = np.stack([e.predict(obs) for e in experts])
-    np.testing.assert_allclose(chosen, own[best, np.arange(50)], rtol=1e-6)
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+def test_returns_to_go_are_discounted_sums(gamma):
+    rewards = np.random.default_rng(0).normal(size=30)
+    expected = [sum(gamma ** (k - t) * rewards[k] for k in range(t, 30)) for t in range(30)]
+    np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [0.05, 10.0])
-def test_council_mixes_actions_by_softmax_of_q_star(tmp_path, temperature):
-    experts, _ = council(tmp_path, "mean")
-    together = Council(experts, "mean", temperature)
-    obs = observations(50)
-    actions = np.stack([e.predict(obs) for e in experts]).astype(np.float64)
-    q = np.stack([np.mean([e.q_star(obs, a) for e in experts], axis=0) for a in actions])
-    share = np.exp((q - q.max(axis=0)) / temperature)
-    mixed = (share * actions).sum(axis=0) / share.sum(axis=0)
-    np.testing.assert_allclose(together.predict(obs), mixed, rtol=1e-4, atol=1e-4)
-    assert np.abs(mixed - actions).min(axis=0).max() > 0.01  # no member's own action
+@pytest.mark.xfail(reason="the result has the rewards' type: whole numbers", strict=True)
+def test_returns_to_go_of_whole_rewards():
+    np.testing.assert_allclose(returns_to_go(np.array([1, 1, 1]), 0.5), [1.75, 1.5, 1])
 
 
-def test_council_of_one_discount(tmp_path):
-    experts, _ = council(tmp_path, "mean")
-    experts[1].gamma = 0.5
-    with pytest.raises(UserError, match="discount"):
-        Council(experts, "mean", 0.0)
+def test_mean_kl_is_that_of_diagonal_gaussians():
+    torch.manual_seed(0)
+    m, n = torch.randn(2, 50, 3, dtype=torch.float64)
+    s, t = torch.rand(2, 50, 3, dtype=torch.float64) + 0.1
+    kl = (t / s).log() + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5
+    torch.testing.assert_close(mean_kl((m, s), (n, t)), kl.sum(dim=1).mean())
 
 
-# -- the natural gradient --------------------------------------------------------------------------
 def test_conjugate_gradient_solves():
     torch.manual_seed(0)
     half, b = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
@@ -342,47 +230,76 @@ def test_conjugate_gradient_solves():
 
 
 def explicit_fisher(policy, state):
-    """E_a[grad log pi grad log pi^T] by Gauss-Hermite quadrature over u, averaged over states."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
-    weights = torch.from_numpy(weights / weights.sum())
+    """Of Gaussians: mean over s of sum (dm dm' / std^2 + 2 dl dl'), l = log std."""
     parameters, total = list(policy.parameters()), 0
     for s in state[:, None]:
-        for i, j in itertools.product(range(8), repeat=2):
-            mean, std = policy(s)
-            u = mean + std * torch.tensor([nodes[i], nodes[j]])
-            log_prob = policy._log_prob(u.detach(), mean, std)
-            g = flatten(torch.autograd.grad(log_prob.sum(), parameters))
-            total = total + weights[i] * weights[j] * torch.outer(g, g)
+        mean, std = policy(s)
+        for row in [*(mean / std.detach())[0], *(2**0.5 * std.log())[0]]:
+            g = torch.autograd.grad(row, parameters, retain_graph=True, allow_unused=True)
+            g = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, g)]
+            total = total + torch.outer(*2 * [parameters_to_vector(g)])
     return total / len(state)
 
 
-def test_fisher_product_is_that_of_the_explicit_matrix():
-    torch.manual_seed(0)
-    policy, state = PolicyNetwork(4, BOXES["one"], 3).double(), states(5)
-    agent = SimpleNamespace(policy=policy, config=SimpleNamespace(cg_damping=0.1))
-    product = AggreVateDAgent.fisher_product(agent, state)
-    fisher = explicit_fisher(policy, state)
-    assert torch.linalg.matrix_rank(fisher) > 10
-    for _ in range(3):
-        v = torch.randn(len(fisher), dtype=torch.float64)
-        torch.testing.assert_close(product(v), fisher @ v + 0.1 * v, rtol=1e-6, atol=1e-9)
+@pytest.fixture
+def problem():
+    """A policy, states, and the loss of making some actions likelier there."""
+    policy, state = make_policy(BOXES["asymmetric"], state_dim=2, hidden_dim=3), states(30, 2)
+    target = policy.inside(torch.tensor([[-1.0, 2.0]]) + 4 * torch.tanh(states(30, 2, seed=2)), 0.7)
+    return policy, state, lambda policy: -policy.get_log_prob(state, target).mean()
 
 
-def test_natural_step_goes_as_far_as_it_may():
+def step_of(policy, loss, state, kl_step):
+    """The loss that natural_step returned, and by how much it moved the parameters."""
+    before = parameters_to_vector(policy.parameters()).detach().clone()
+    loss = natural_step(policy, loss, state, kl_step)
+    return loss, parameters_to_vector(policy.parameters()).detach() - before
+
+
+@pytest.mark.parametrize("kl_step", [1e-6, 0.01])
+def test_natural_step_is_the_damped_fisher_direction_scaled_to_the_kl(problem, kl_step):
+    policy, state, loss_of = problem
+    old, before = copy.deepcopy(policy)(state), loss_of(policy)
+    gradient = parameters_to_vector(torch.autograd.grad(before, list(policy.parameters())))
+    matrix = explicit_fisher(policy, state) + 0.1 * torch.eye(len(gradient))
+    x = torch.linalg.solve(matrix, -gradient)
+    expected = x * (2 * kl_step / (x @ matrix @ x)).sqrt()
+    loss, moved = step_of(policy, lambda: loss_of(policy), state, kl_step)
+    assert loss == before and loss_of(policy) < before
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.99
+    assert (moved.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
+    assert 0.5 * kl_step < mean_kl(old, policy(state)).item() < 1.5 * kl_step
+
+
+@pytest.mark.parametrize("worse", [1, 3, 9, 10])
+def test_natural_step_is_halved_until_the_loss_falls_or_not_taken(problem, worse):
+    policy, state, loss_of = problem
+    start, expected = copy.deepcopy(policy), 0.5**worse if worse < 10 else 0
+    _, full = step_of(policy, lambda: loss_of(policy), state, 1e-4)
+    losses = iter([None, *worse * [1e9], -1e9])
+    _, moved = step_of(start, lambda: next(losses) or loss_of(start), state, 1e-4)
+    torch.testing.assert_close(moved, expected * full, rtol=1e-4, atol=1e-9)
+
+
+def test_natural_step_is_halved_until_the_kl_is_small_enough(problem):
+    policy, state, loss_of = problem
+    old, losses = copy.deepcopy(policy)(state), iter([None, *10 * [-1e9]])  # any step is better
+    step_of(policy, lambda: next(losses) or loss_of(policy), state, 0.3)
+    assert 0.1 < mean_kl(old, policy(state)).item() <= 1.5 * 0.3
+
+
+def test_score_function_estimates_the_gradient_of_expected_q_star():
+    policy, state = make_policy(BOXES["one"], hidden_dim=4), states(50)
+
+    def q_star(s, a):
+        return 30 - ((a - torch.sin(s[:, :2])) ** 2 * torch.tensor([1.0, 2.0])).sum(1, keepdim=True)
+
     torch.manual_seed(0)
-    policy, state = PolicyNetwork(4, BOXES["one"], 8).double(), states(200)
-    config = SimpleNamespace(cg_damping=1e-3, cg_iterations=20, kl_step=0.01)
-    agent = SimpleNamespace(policy=policy, config=config)
-    agent.fisher_product = lambda s: AggreVateDAgent.fisher_product(agent, s)
-    agent.loss = lambda s, a, w: -(w * policy.get_log_prob(s, a)).mean()
-    target, weight = 0.5 * torch.tanh(states(200)[:, :2]), torch.ones(200, 1).double()
-    with torch.no_grad():
-        old = policy(state)
-    before, norm = AggreVateDAgent.natural_step(agent, state, target, weight)
-    with torch.no_grad():
-        kl, after = mean_kl(old, policy(state)), agent.loss(state, target, weight)
-    assert 0.005 < kl < 0.015 and after < before and norm > 0
-    start, first = flatten(policy.parameters()).clone(), iter([agent.loss])
-    agent.loss = lambda *batch: next(first, lambda *_: torch.tensor(1e9))(*batch)
-    AggreVateDAgent.natural_step(agent, state, target, weight)  # no step lowers this loss
-    torch.testing.assert_close(flatten(policy.parameters()), start, rtol=0, atol=0)
+    many, parameters = state.repeat(1000, 1), list(policy.parameters())
+    true = torch.autograd.grad(q_star(many, policy.sample(many)[0]).mean(), parameters)
+    config = SimpleNamespace(algorithm="score")
+    agent = SimpleNamespace(config=config, policy=policy, get_q_star=q_star)
+    data = AggreVateDAgent.weigh(agent, dict(state=many))
+    own = torch.autograd.grad(AggreVateDAgent.loss(agent, *data), parameters)
+    true, own = parameters_to_vector(true), -parameters_to_vector(own)  # a loss is to fall
+    assert torch.cosine_similarity(own, true, dim=0) > 0.95

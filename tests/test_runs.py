@@ -1,71 +1,36 @@
-import csv
+import contextlib
 import json
-import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import ROOT, checkpoint, equal, evaluations, only_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import aggrevated
-from aggrevated import Config
+from aggrevated import AggreVateDAgent, Config
 
 TAGS = {
-    "train/loss", "train/alpha", "train/entropy", "train/log_std", "train/q_gap",
-    "train/q_twin_gap", "train/grad_norm", "eval/episode_reward", "eval/expert_reward",
-    "eval/episode_length", "eval/success_rate", "rollout/episode_reward",
-    "rollout/expert_fraction", "time/env_steps", "time/env_steps_per_second",
-    "time/iteration_seconds",
+    "train/loss", "train/alpha", "train/q_gap", "eval/episode_reward", "eval/expert_reward",
+    "rollout/episode_reward", "time/env_steps", "time/seconds",
 }  # fmt: skip
-HEADER = "iteration,env_steps,seconds,policy,episode,return,length"
-
-
-def only_run(log_dir):
-    (run,) = log_dir.iterdir()
-    return run
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
-
-
-def equal(a, b):
-    """Bitwise equality of nested tensors and values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def evaluations(run):
-    with open(run / "evaluations.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def events(run):
-    return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
 
 
 @pytest.fixture
 def no_film(monkeypatch):
-    monkeypatch.setattr(aggrevated.AggreVateDAgent, "film", lambda self: None)
-
-
-@pytest.fixture(scope="module")
-def finished(run_main, small, tmp_path_factory):
-    """The result of a small run and its folder."""
-    log_dir = tmp_path_factory.mktemp("finished") / "new" / "logs"
-    result = run_main(log_dir=log_dir, **small())
-    assert result.status == 0, result.err
-    return result, only_run(log_dir)
+    monkeypatch.setattr(aggrevated, "film", lambda agent, path: None)
 
 
 @pytest.fixture
@@ -73,7 +38,7 @@ def run_small(run_main, small, tmp_path, no_film):
     """run_small(name, **changes): the folder of a run without its film."""
 
     def run(name, **changes):
-        result = run_main(log_dir=tmp_path / name, **small(**changes))
+        result = run_main(**small(log_dir=tmp_path / name, **changes))
         assert result.status == 0, result.err
         return only_run(tmp_path / name)
 
@@ -81,311 +46,224 @@ def run_small(run_main, small, tmp_path, no_film):
 
 
 # -- what a run leaves -----------------------------------------------------------------------------
-def test_run_leaves_its_files_and_nothing_else(finished):
-    names = {"config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif"}
-    left = {p.name for p in finished[1].iterdir() if not p.name.startswith("events.out.tfevents.")}
-    assert left == names
-    assert len(list(finished[1].iterdir())) == len(names) + 1
-
-
-def test_run_folder_is_named_by_environment_seed_and_time(finished):
-    assert re.fullmatch(r"AggreVateD_Pendulum-v1_s0_\d{8}_\d{6}", finished[1].name)
-
-
-def test_config_json_holds_every_field(finished, small):
-    config = json.loads((finished[1] / "config.json").read_text())
-    assert config == asdict(Config(**small(log_dir=str(finished[1].parent))).check())
-
-
-def test_banner_and_progress(finished, small):
+def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     result, run = finished
-    for text in ("Pendulum-v1", "seed 0", torch.__version__, small()["expert_path"], str(run)):
+    for text in ("Pendulum-v1", "seed 0", small()["expert_path"], f"--evaluate {run}\n"):
         assert text in result.out
-    assert "tensorboard --logdir" in result.out and f"--evaluate {run}" in result.out
-    assert "2/2" in result.err  # the bar
+    assert result.out.count("iteration ") == 3 and "3/3" in result.err  # the bar
+    assert re.fullmatch(r"AggreVateD_Pendulum-v1_s0_\d{8}_\d{6}", run.name)
+    names = {re.sub(r"^events\..*", "events", p.name) for p in run.iterdir()}
+    assert names == {"config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif", "events"}
+    config = json.loads((run / "config.json").read_text())
+    assert config == asdict(Config(**small(log_dir=str(run.parent))).check())
+    with Image.open(run / "final.gif") as gif:
+        assert gif.n_frames == 50  # every fourth of 200
 
 
-def test_evaluations_csv(finished):
-    assert (finished[1] / "evaluations.csv").read_text().splitlines()[0] == HEADER
+def test_table_has_a_row_per_episode(finished):
     rows = evaluations(finished[1])
-    order = [(r["iteration"], r["env_steps"], r["policy"], r["episode"]) for r in rows]
-    assert order == [
-        ("0", "0", "expert", "0"), ("0", "0", "expert", "1"),
-        ("0", "0", "learner", "0"), ("0", "0", "learner", "1"),
-        ("1", "80", "learner", "0"), ("1", "80", "learner", "1"),
-        ("2", "160", "learner", "0"), ("2", "160", "learner", "1"),
+    keys = "iteration", "env_steps", "policy", "episode"
+    assert ["_".join(r[k] for k in keys) for r in rows] == [
+        "0_0_expert_0", "0_0_expert_1", "0_0_learner_0", "0_0_learner_1",
+        "1_80_learner_0", "1_80_learner_1", "2_160_learner_0", "2_160_learner_1",
     ]  # fmt: skip
     assert all(r["length"] == "200" and -2000 < float(r["return"]) < 0 for r in rows)
-    seconds = [float(r["seconds"]) for r in rows]
-    assert seconds[0] == 0 and seconds == sorted(seconds)
 
 
-def test_checkpoints_are_plain_and_best_is_the_best_of_the_evaluations(finished):
-    rows = [r for r in evaluations(finished[1]) if r["policy"] == "learner"]
-    means = np.array([float(r["return"]) for r in rows]).reshape(3, 2).mean(axis=1)
-    last, best = (checkpoint(finished[1] / name) for name in ("last.pt", "best.pt"))
-    assert last["iteration"] == 2 and last["env_steps"] == 160
-    assert best["iteration"] == np.argmax(means)
-    assert last["best_return"] == best["best_return"] == pytest.approx(max(means))
-    assert last["policy"].keys() == best["policy"].keys()
-    assert last["config"] == json.loads((finished[1] / "config.json").read_text())
-
-
-def test_best_is_kept_when_the_learner_gets_worse(run_small, monkeypatch):
-    scores = iter([-3.0, -1.0, -2.0])
-    evaluate = aggrevated.AggreVateDAgent.evaluate
-
-    def scored(self, who="learner", *args, **kwargs):
-        episodes = evaluate(self, who, *args, **kwargs)
-        score = next(scores) if who == "learner" else 0.0
-        for t in episodes:
-            t.rewards = np.full(len(t), score / len(t))
-        return episodes
-
-    monkeypatch.setattr(aggrevated.AggreVateDAgent, "evaluate", scored)
-    run = run_small("worse")
-    best, last = checkpoint(run / "best.pt"), checkpoint(run / "last.pt")
-    assert best["iteration"] == 1 and last["iteration"] == 2
-    assert best["best_return"] == last["best_return"] == pytest.approx(-1)
-    assert not equal(best["policy"], last["policy"])
-
-
-def test_gif_is_animated(finished):
-    with Image.open(finished[1] / "final.gif") as gif:
-        assert gif.format == "GIF" and gif.n_frames > 1
-        first = np.asarray(gif.convert("RGB"))
-        gif.seek(gif.n_frames - 1)
-        assert (np.asarray(gif.convert("RGB")) != first).any()
-
-
-def test_environment_without_a_picture(run_main, small, tmp_path):
-    result = run_main(log_dir=tmp_path, **small(env_name="Tiny-v0", max_iteration=1))
-    assert result.status == 0, result.err
-    assert (only_run(tmp_path) / "last.pt").exists()
-    assert not (only_run(tmp_path) / "final.gif").exists()
-
-
-def test_tensorboard_has_every_tag(finished):
-    log = events(finished[1])
+def test_tensorboard_has_every_tag_and_the_chart_of_both(finished):
+    log, rows = events(finished[1]), evaluations(finished[1])
     assert set(log.Tags()["scalars"]) == TAGS
     for tag in TAGS:
         steps = [e.step for e in log.Scalars(tag)]
         assert steps == ([0, 1, 2] if tag.startswith("eval/") else [1, 2]), tag
-        assert all(np.isfinite(e.value) for e in log.Scalars(tag))
-    (image,) = log.Images(log.Tags()["images"][0])
-    assert image.encoded_image_string == (finished[1] / "final.gif").read_bytes()
-    (text,) = log.Tags()["tensors"]
-    table = log.Tensors(text)[0].tensor_proto.string_val[0].decode()
-    assert all(f.name in table for f in fields(Config))
-
-
-def test_tensorboard_agrees_with_the_csv(finished):
-    log, rows = events(finished[1]), evaluations(finished[1])
-    for tag, who in (("eval/episode_reward", "learner"), ("eval/expert_reward", "expert")):
-        for event in log.Scalars(tag):
-            n = str(event.step) if who == "learner" else "0"
-            values = [float(r["return"]) for r in rows if (r["iteration"], r["policy"]) == (n, who)]
-            assert event.value == pytest.approx(np.mean(values), rel=1e-5)
     assert [e.value for e in log.Scalars("train/alpha")] == [1, 0.5]
-    assert [e.value for e in log.Scalars("time/env_steps")] == [80, 160]
-    assert [e.value for e in log.Scalars("eval/episode_length")] == [200] * 3
+    for tag, part in (("eval/episode_reward", rows[-2:]), ("eval/expert_reward", rows[:2])):
+        mean = np.mean([float(r["return"]) for r in part])
+        assert log.Scalars(tag)[-1].value == pytest.approx(mean)
+    (layout,) = log.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    assert b"eval/episode_reward" in layout and b"eval/expert_reward" in layout
 
 
-def test_training_changes_the_learner(finished):
-    run = finished[1]
-    config = Config(**checkpoint(run / "last.pt")["config"])
-    fresh = aggrevated.make_policy(config, aggrevated.make_env("Pendulum-v1")).state_dict()
-    trained = checkpoint(run / "last.pt")["policy"]
-    changed = {k for k in fresh if not torch.equal(fresh[k], trained[k])}
-    assert changed == {k for k in fresh if k.endswith(("weight", "bias", "_mean", "_std"))}
+def test_evaluate_prints_learner_expert_and_difference(finished, run_main, make_agent):
+    before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
+    result = run_main("--evaluate", finished[1], eval_episodes=3)
+    assert result.status == 0
+    assert before == {p.name: p.read_bytes() for p in finished[1].iterdir()}
+    scores = re.findall(r"^(\w+) +(\S+) \+- (\S+) \(.*3 episodes\)$", result.out, re.MULTILINE)
+    assert [who for who, *_ in scores] == ["learner", "expert", "difference"]
+    assert result.out.count("\n") == 3
+    agent = make_agent()
+    agent.policy.load_state_dict(checkpoint(finished[1] / "best.pt")["policy"])
+    played = (agent.evaluate(who, 3, aggrevated.TEST) for who in ("learner", "expert"))
+    x, y = (np.array([t.rewards.sum() for t in episodes]) for episodes in played)
+    for (_, mean, error), values in zip(scores, (x, y, x - y), strict=True):
+        assert float(mean) == pytest.approx(values.mean(), abs=0.2)
+        assert float(error) == pytest.approx(values.std(ddof=1) / 3**0.5, abs=0.2)
 
 
-def test_start_from_another_runs_policy(finished, run_small, run_main, small, tmp_path):
+def test_start_from_another_runs_policy(finished, run_small):
     best = finished[1] / "best.pt"
-    run = run_small("start", init_path=best, max_iteration=1, alpha_decay_iterations=1)
+    run = run_small("start", init_path=best, max_iteration=1)
     start, end = checkpoint(best), checkpoint(run / "last.pt")
-    for name in ("state_mean", "state_std"):  # goes with the weights, is not fitted anew
-        assert torch.equal(start["policy"][name], end["policy"][name])
+    kept = {k for k in end["policy"] if equal(start["policy"][k], end["policy"][k])}
+    assert kept == {"scale", "offset", "state_mean", "state_std"}  # they go with the weights
     rows = [r for r in evaluations(run) if r["policy"] == "learner" and r["iteration"] == "0"]
     assert np.mean([float(r["return"]) for r in rows]) == pytest.approx(start["best_return"])
-    wrong = run_main(**small(log_dir=tmp_path / "wrong", init_path=best, hidden_dim=8))
-    assert wrong.status == 2 and "do not fit" in wrong.err and not (tmp_path / "wrong").exists()
+
+
+RENDER_MODE = pytest.mark.xfail(reason="render_mode=None is handed over", strict=True)
 
 
 @pytest.mark.parametrize(
-    "choice",
-    [
-        dict(optimizer="natural"), dict(weighting="pathwise"), dict(weighting="score"),
-        dict(weighting="minmax"), dict(algorithm="aggrevate"), dict(algorithm="reinforce"),
-    ],
-    ids=lambda choice: "-".join(choice.values()),
-)  # fmt: skip
-def test_every_choice_resumes_to_the_same_weights(choice, run_small, run_main):
-    whole, half = run_small("whole", **choice), run_small("half", **choice, max_iteration=1)
-    assert run_main("--resume", half, max_iteration=2).status == 0
-    a, b = checkpoint(whole / "last.pt"), checkpoint(half / "last.pt")
-    assert a["iteration"] == b["iteration"] == 2 and equal(a["policy"], b["policy"])
+    "name", ["Tiny", "Undrawable", pytest.param("WithoutRenderMode", marks=RENDER_MODE)]
+)
+def test_environment_without_a_picture(name, run_main, small, tmp_path):
+    result = run_main(**small(log_dir=tmp_path, env_name=f"tiny_envs:{name}-v0"))
+    assert result.status == 0, result.err
+    assert f"No final.gif: tiny_envs:{name}-v0 cannot be drawn here" in result.out
+    assert not (only_run(tmp_path) / "final.gif").exists()
 
 
-def test_no_run_overwrites_another(small, tmp_path):
-    config = Config(**small(log_dir=str(tmp_path)))
-    first, second = aggrevated.make_run_dir(config), aggrevated.make_run_dir(config)
-    assert first != second and set(tmp_path.iterdir()) == {first, second}
-
-
-# -- the same again --------------------------------------------------------------------------------
-def test_same_seed_same_run(finished, run_small):
-    again = run_small("again")
-    a, b = checkpoint(finished[1] / "last.pt"), checkpoint(again / "last.pt")
-    for part in ("policy", "optimizer", "experience"):
-        assert equal(a[part], b[part]), part
-    assert without_seconds(evaluations(finished[1])) == without_seconds(evaluations(again))
-
-
-def test_another_seed_another_run(finished, run_small):
-    other = run_small("other", seed=1)
-    a, b = checkpoint(finished[1] / "last.pt"), checkpoint(other / "last.pt")
-    for k in ("fc1.weight", "fc2.weight", "mean.weight", "log_std.weight"):
-        assert not torch.equal(a["policy"][k], b["policy"][k])
-    rows = [r["return"] for r in evaluations(other) if r["policy"] == "expert"]
-    assert rows == [r["return"] for r in evaluations(finished[1]) if r["policy"] == "expert"]
-
-
-def test_two_workers_give_the_same_run_and_end(run_small):
-    changes = dict(K=3, eval_episodes=3)  # one gets two thirds
-    one, two = run_small("one", **changes), run_small("two", n_workers=2, **changes)
-    assert not multiprocessing.active_children()
-    a, b = checkpoint(one / "last.pt"), checkpoint(two / "last.pt")
-    assert a["env_steps"] == b["env_steps"] == 240
-    for name, tensor in a["experience"].items():  # the expert's own trajectories, in their order
-        torch.testing.assert_close(tensor[:120], b["experience"][name][:120], rtol=1e-3, atol=1e-3)
-    rows = [evaluations(one), evaluations(two)]
-    assert [r["length"] for r in rows[0]] == [r["length"] for r in rows[1]]
-    for x, y in list(zip(*rows, strict=True))[:6]:  # of iteration 0
-        assert float(x["return"]) == pytest.approx(float(y["return"]), rel=0.01)
+def test_help_lists_every_field(run_main):
+    result = run_main("--help")
+    text = "".join(result.out.split())  # wherever the lines were broken
+    assert result.status == 0 and "--resume" in text and "--evaluate" in text
+    assert all(f"--{f.name}" in text and f"(default:{f.default})" in text for f in fields(Config))
 
 
 # -- going on --------------------------------------------------------------------------------------
-RESUMED = dict(max_iteration=3, alpha_decay_iterations=3, max_experience_len=150)
+def assert_same_runs(a, b):
+    for name in ("last.pt", "best.pt"):
+        x, y = checkpoint(a / name), checkpoint(b / name)
+        for part in ("policy", "optimizer", "experience", "iteration", "env_steps", "best_return"):
+            assert equal(x.get(part), y.get(part)), (name, part)
+    assert evaluations(a) == evaluations(b)
 
 
-@pytest.fixture
-def uninterrupted(run_small):
-    return run_small("whole", **RESUMED)
+MOMENTS = dict(  # save: when everything else of that iteration is written
+    update=dict(), save=dict(optimizer="natural", max_experience_len=100),
+    validate=dict(algorithm="score"),
+)  # fmt: skip
 
 
-def resume(run_main, run, **fields):
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupted_and_resumed_is_never_stopped(
+    moment, run_small, run_main, small, tmp_path, monkeypatch
+):
+    changes = MOMENTS[moment] | dict(max_iteration=4, eval_every=2)
+    whole, plain = run_small("whole", **changes), getattr(AggreVateDAgent, moment)
+
+    def interrupted(agent, what):
+        if what == 3 or agent.iteration == (3 if moment == "save" else 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(agent, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AggreVateDAgent, moment, interrupted)
+        result = run_main(**small(log_dir=tmp_path / "part", **changes))
+    run = only_run(tmp_path / "part")
+    assert result.status == 130 and f"python aggrevated.py --resume {run}\n" in result.out
+    assert checkpoint(run / "last.pt")["iteration"] == (3 if moment == "validate" else 2)
     (log,) = run.glob("events.*")
     log.rename(run / "events.out.tfevents.0")  # before the next one, even in the same second
-    result = run_main("--resume", run, **fields)
-    assert result.status == 0, result.err
+    assert run_main("--resume", run).status == 0
+    assert_same_runs(whole, run)
+    losses = [[(e.step, e.value) for e in events(x).Scalars("train/loss")] for x in (whole, run)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def assert_same_runs(whole, resumed):
-    a, b = checkpoint(whole / "last.pt"), checkpoint(resumed / "last.pt")
-    for part in ("policy", "optimizer", "experience", "iteration", "env_steps", "best_return"):
-        assert equal(a[part], b[part]), part
-    rows = without_seconds(evaluations(whole))
-    assert len(rows) == 2 * (3 + 2) and rows == without_seconds(evaluations(resumed))
-    best = [checkpoint(run / "best.pt") for run in (whole, resumed)]
-    assert equal(best[0]["policy"], best[1]["policy"])
-    logs = [events(run) for run in (whole, resumed)]
-    for tag in sorted(TAGS - {"time/env_steps_per_second", "time/iteration_seconds"}):
-        a, b = ([(e.step, e.value) for e in log.Scalars(tag)] for log in logs)
-        assert a == b, tag
-
-
-def test_lengthened_run_is_the_uninterrupted_one(run_main, run_small):
-    steady = RESUMED | dict(lr=1e-3, final_lr=1e-3)  # else its steps depend on max_iteration
-    whole, part = run_small("whole", **steady), run_small("part", **steady | dict(max_iteration=1))
-    assert checkpoint(part / "last.pt")["iteration"] == 1
-    resume(run_main, part, max_iteration=3)
+def test_finished_run_can_be_lengthened(run_small, run_main):
+    steady = dict(lr=1e-3, final_lr=1e-3)  # else its steps depend on max_iteration
+    whole, part = run_small("whole", **steady), run_small("part", **steady, max_iteration=1)
+    assert run_main("--resume", part, max_iteration=2).status == 0
     assert_same_runs(whole, part)
 
 
-@pytest.mark.parametrize("moment", ["update", "save"])  # save: when the rest is written already
-def test_ctrl_c_says_how_to_go_on_and_nothing_is_lost(
-    uninterrupted, run_main, small, tmp_path, monkeypatch, moment
+@pytest.mark.xfail(reason="it says --resume None", strict=True)
+def test_interrupted_evaluation_names_no_run_to_resume(finished, run_main, monkeypatch):
+    monkeypatch.setattr(AggreVateDAgent, "evaluate", lambda *x, **k: signal.raise_signal(2))
+    result = run_main("--evaluate", finished[1])
+    assert result.status == 130 and "None" not in result.out
+
+
+# -- the program itself, with two workers ----------------------------------------------------------
+def running(process):
+    """How many processes of its group have not ended."""
+    n = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended just now
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            n += int(group) == process.pid and state != "Z"
+    return n
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """program(fields, *python): the script, or other Python code, in a process group of its own."""
+    started, paths = [], os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def start(values, *python):
+        argv = [sys.executable, *(python or [ROOT / "aggrevated.py"])]
+        argv += [f"--{k}={v}" for k, v in values.items()]
+        env = os.environ | dict(PYTHONPATH=paths)
+        started.append(subprocess.Popen(argv, cwd=tmp_path, env=env, **how))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+KILLED_WHILE_IT_SAVES = """
+import os, signal, sys, aggrevated
+save = aggrevated.torch.save
+def half_save(state, path, **kwargs):
+    save(state, path, **kwargs)
+    if isinstance(state, dict) and "experience" in state and state["iteration"] == 2:
+        os.truncate(path, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+aggrevated.torch.save = half_save
+aggrevated.main(sys.argv[1:])
+"""
+
+
+def test_script_runs_and_a_killed_run_goes_on_as_if_nothing_had_happened(
+    program, small, tmp_path, run_main, no_film
 ):
-    original = getattr(aggrevated.AggreVateDAgent, moment)
-
-    def interrupted(self, what):
-        if what == 2 or (what, self.iteration) == ("last.pt", 2):
-            raise KeyboardInterrupt
-        return original(self, what)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(aggrevated.AggreVateDAgent, moment, interrupted)
-        result = run_main(log_dir=tmp_path / "part", **small(**RESUMED))
-    run = only_run(tmp_path / "part")
-    assert result.status == 130 and "Traceback" not in result.err
-    assert f"python aggrevated.py --resume {run}" in result.out
-    assert checkpoint(run / "last.pt")["iteration"] == 1
-    assert len(evaluations(run)) == 2 * (2 + 1 + (moment == "save"))
-    resume(run_main, run)
-    assert_same_runs(uninterrupted, run)
-
-
-def test_resuming_an_ended_run_changes_nothing(run_small, run_main):
-    run = run_small("ended", max_iteration=1)
-    before, rows = checkpoint(run / "last.pt"), evaluations(run)
+    values = small(n_workers=2, K=3, max_iteration=3)
+    whole = program(values | dict(log_dir="whole"))
+    killed = program(values | dict(log_dir="killed"), "-c", KILLED_WHILE_IT_SAVES)
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0 and "score  python aggrevated.py --evaluate" in out, err
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    wait_for(lambda: not running(killed), 10)
+    whole, run = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
+    assert (whole / "final.gif").exists()
+    assert checkpoint(run / "last.pt")["iteration"] == 1 and checkpoint(run / "best.pt")
     assert run_main("--resume", run).status == 0
-    assert equal(before, checkpoint(run / "last.pt")) and rows == evaluations(run)
+    assert_same_runs(whole, run)
 
 
-# -- scoring ---------------------------------------------------------------------------------------
-def scores(out):
-    """{who: [mean, spread, standard error, success rate]} of what --evaluate printed."""
-    lines = re.findall(r"^ *(learner|expert) (.*)$", out, re.MULTILINE)
-    return {who: [float(x) for x in re.findall(r"-?\d+\.\d+|nan", text)] for who, text in lines}
-
-
-def test_evaluate_scores_learner_and_expert(finished, run_main):
-    before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
-    folder = run_main("--evaluate", finished[1], eval_episodes=3)
-    assert folder.status == 0, folder.err
-    file = run_main("--evaluate", finished[1] / "best.pt", eval_episodes=3)
-    assert folder.out == file.out and "3 fresh episodes" in folder.out
-    assert before == {p.name: p.read_bytes() for p in finished[1].iterdir()}
-    result = scores(folder.out)
-    assert result.keys() == {"learner", "expert"}
-    for mean, spread, error, success in result.values():
-        assert -2000 < mean < 0 and success == 0
-        assert spread > 0 and error == pytest.approx(spread / 3**0.5, abs=0.2)
-
-
-def test_evaluate_agrees_with_its_episodes(finished, run_main, make_agent):
-    path = finished[1] / "last.pt"
-    result = scores(run_main("--evaluate", path, eval_episodes=4).out)
-    agent = make_agent()
-    agent.policy.load_state_dict(checkpoint(path)["policy"])
-    for who, numbers in result.items():
-        episodes = agent.evaluate(who, 4, aggrevated.TEST)
-        returns = [t.episode_return for t in episodes]
-        assert numbers[0] == pytest.approx(np.mean(returns), abs=0.2)
-        assert numbers[1] == pytest.approx(np.std(returns, ddof=1), abs=0.2)
-
-
-def test_script_in_a_process_of_its_own(finished, run_script, tmp_path):
-    result = run_script("--evaluate", finished[1], "--eval_episodes=1", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert scores(result.stdout).keys() == {"learner", "expert"}
-    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
-
-
-# -- the command line ------------------------------------------------------------------------------
-def test_help_lists_every_field(run_main):
-    result = run_main("--help")
-    assert result.status == 0
-    text = "".join(result.out.split())  # wherever the lines were broken
-    for f in fields(Config):
-        assert f"--{f.name}" in text and f.metadata["note"]
-        assert f"(default:{f.default})" in text
-    assert "--resume" in text and "--evaluate" in text
-
-
-def test_every_field_is_an_option_of_its_type():
-    values = {f.name: {bool: True, int: 3, float: 0.25, str: "x"}[f.type] for f in fields(Config)}
-    argv = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
-    assert aggrevated.parse(argv)[2] == values
-    assert aggrevated.parse(["--no-render"])[2] == {"render": False}
+def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(program, small, tmp_path):
+    values = small(env_name="tiny_envs:Tiny-v0", n_workers=2, max_iteration=10**6, log_dir="logs")
+    process = program(values)
+    wait_for(lambda: list(tmp_path.glob("logs/*/best.pt")), 120)
+    assert running(process) > 2
+    os.killpg(process.pid, signal.SIGINT)  # the workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    run = only_run(tmp_path / "logs").relative_to(tmp_path)
+    assert f"python aggrevated.py --resume {run}\n" in out
+    assert checkpoint(tmp_path / run / "last.pt")["iteration"] >= 0
+    wait_for(lambda: not running(process), 10)

@@ -84,9 +84,9 @@ def curve(row: str) -> tuple[np.ndarray, np.ndarray]:
 
 def cost(row: str) -> tuple[float, float]:
     """Environment steps and minutes of training, without evaluation, mean over the seeds."""
-    last = []
+    last, log = [], "train.csv" if row == "imitation_dagger" else "evaluations.csv"
     for run in runs(row):
-        with open(run / "evaluations.csv", newline="") as file:
+        with open(run / log, newline="") as file:
             last.append(list(csv.DictReader(file))[-1])
     return tuple(np.mean([(float(x["env_steps"]), float(x["seconds"]) / 60) for x in last], axis=0))
 
@@ -211,6 +211,9 @@ def draw_curves(name: str, title: str, task: str, rows: dict[str, str], sac: Pat
         (drawn,) = axes.plot(steps[1:], means.mean(axis=0)[1:], label=label, linewidth=1.6)
         low, high = means.min(axis=0)[1:], means.max(axis=0)[1:]
         axes.fill_between(steps[1:], low, high, alpha=0.2, color=drawn.get_color())
+    if task == "hardcore" and runs("imitation_dagger"):  # it has no validation episodes
+        x, test = cost("imitation_dagger")[0], returns("imitation_dagger", "last").mean(axis=1)
+        axes.plot([x] * len(test), test, "k+", label=f"DAgger of imitation, test ({len(test)} seeds)")
     if sac:
         log = np.genfromtxt(sac, delimiter=",", names=True)
         axes.plot(log["env_steps"], log["average_return"], color="gray", label="SAC from scratch")
@@ -236,12 +239,10 @@ def draw_why() -> None:
 
 
 def main() -> None:
-    from text import README
-
     if runs("aggrevated"):
         rows = {
-            "aggrevated": "AggreVaTeD", "dagger": "DAgger", "imitation_dagger": "DAgger, imitation",
-            "bc": "behaviour cloning", "natural": "the paper's gradient",
+            "aggrevated": "AggreVaTeD", "dagger": "DAgger", "bc": "behaviour cloning",
+            "natural": "the paper's gradient",
         }  # fmt: skip
         sac = AGENTS / "BipedalWalkerHardcore-v3_1" / "evaluations.csv"
         draw_curves("learning_curve.png", "BipedalWalkerHardcore-v3", "hardcore", rows, sac)
@@ -252,11 +253,10 @@ def main() -> None:
         draw_curves(f"{task}.png", NAMES[task], task, rows, None)
     if (HERE / "why.csv").exists():
         draw_why()
-    tables = dict(
-        hardcore=hardcore_table(), ablations=ablation_table(), tasks=task_table(),
-        figure_2=figure_2_table(), sentences=sentences(),
-    )  # fmt: skip
-    (HERE / "README.md").write_text(README.format(**tables))
+    text = (HERE / "template.md").read_text()
+    for make in (hardcore_table, ablation_table, task_table, figure_2_table, sentences):
+        text = text.replace("{" + make.__name__ + "}", make())
+    (HERE / "README.md").write_text(text)
 
 
 if __name__ == "__main__":
