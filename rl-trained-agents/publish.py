@@ -20,17 +20,18 @@ import torch
 from stable_baselines3 import SAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
+from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go, sizes
 
 SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
 FALL = -100.0  # the last reward of an episode that ended in a fall
 BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
 
 
-def merge(states: list[dict], env_name: str, arch: list[int], zip_path: Path) -> None:
+def merge(states: list[dict], env_name: str, zip_path: Path) -> None:
     """Save the mean of the weights, actor's and critics', in a fresh agent: no optimiser state."""
     mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
-    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=dict(net_arch=arch))
+    kwargs = dict(net_arch=sizes(mean, "actor.latent_pi."))
+    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=kwargs)
     model.policy.load_state_dict(mean)
     model.save(zip_path)
 
@@ -108,7 +109,7 @@ def main() -> None:
     at = [c["updates"] for c in checkpoints]
     zip_path = args.out / f"{env_name}_{args.n}" / f"{env_name}.zip"
     (folder := zip_path.parent).mkdir(parents=True, exist_ok=True)
-    merge([c[args.which] for c in checkpoints], env_name, settings["net_arch"], zip_path)
+    merge([c[args.which] for c in checkpoints], env_name, zip_path)
     agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=args.n_workers, device="cpu"))
     played = agent.evaluate("expert", args.episodes, SCORE)
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
