@@ -53,6 +53,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Normal.set_default_validate_args(False)  # `update` finds what is not finite
 # Every random stream is a pure function of (purpose, seed, counters): evaluating more often cannot
 # disturb training, and a resumed run needs no generator states.  Nothing was ever chosen by TEST.
 ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 8
@@ -89,7 +90,7 @@ class Config:
     algorithm: str = option("aggrevated", "score: the paper's own; see weigh", choices=ALGORITHMS)
     optimizer: str = option("adam", "or a natural step a pass", choices=("adam", "natural"))
     init_path: str = option("", "checkpoint whose policy to start from; none: start at random")
-    seed: int = option(0, "of everything random", low=0)
+    seed: int = option(0, "of everything random", 0, 2**32)
     device: str = option("auto", "of the update: CUDA if there is one", choices=("auto", "cpu"))
     n_workers: int = option(2, "processes that simulate, and threads of the update", 1, 64)
     max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", low=1)
@@ -153,8 +154,8 @@ class PolicyNetwork(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
         self.mean = nn.Linear(hidden_dim, len(low))
         self.log_std = nn.Linear(hidden_dim, len(low))
-        self.register_buffer("scale", (high - low) / 2)
-        self.register_buffer("offset", (high + low) / 2)
+        self.register_buffer("scale", (high - low) / 2, persistent=False)
+        self.register_buffer("offset", (high + low) / 2, persistent=False)
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
 
@@ -260,10 +261,10 @@ class Trajectory:
     rewards: np.ndarray  # (T,)
 
 
-def make_env(env_name: str, render_mode=None) -> gym.Env:
+def make_env(env_name: str, **how) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
     with mend(f"env_name {env_name!r} cannot be made; check it"):
-        env = gym.make(env_name, render_mode=render_mode, disable_env_checker=True)
+        env = gym.make(env_name, disable_env_checker=True, **how)
     spaces = env.observation_space, env.action_space
     boxes = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in spaces)
     if not boxes or not env.action_space.is_bounded():
@@ -339,7 +340,7 @@ def standardise(x):
 
 def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """Discounted sum of the rewards (T,) from each step on."""
-    total, result = 0.0, np.empty_like(rewards)
+    total, result = 0.0, np.empty(len(rewards))
     for t in reversed(range(len(rewards))):
         result[t] = total = rewards[t] + gamma * total
     return result
@@ -408,8 +409,7 @@ class AggreVateDAgent:
         self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, -1, 0, 0.0
         self.best_return, self.rows = -math.inf, []  # rows of evaluations.csv
         spawn = multiprocessing.get_context("spawn")  # forking a process with CUDA is not safe
-        several = c.n_workers > 1  # a single worker is this process itself
-        self.pool = ProcessPoolExecutor(c.n_workers, spawn, start_worker) if several else None
+        self.pool = ProcessPoolExecutor(c.n_workers, spawn, start_worker)  # starts when used
 
     def decay_alpha(self, iteration: int) -> float:
         """The mixing rate alpha_n: 1 in iteration 1, then linearly to 0, and 0 from there."""
@@ -422,7 +422,7 @@ class AggreVateDAgent:
         players = pickle.dumps((copy.deepcopy(self.policy).cpu(), self.expert))
         size = min(math.ceil(len(streams) / self.config.n_workers), 25)
         shares = [streams[i : i + size] for i in range(0, len(streams), size)]
-        run = self.pool.map if self.pool else map
+        run = self.pool.map if self.config.n_workers > 1 else map  # a single one: this process
         parts = run(partial(work, players, self.config.env_name, *how), shares)
         return [trajectory for part in parts for trajectory in part]
 
@@ -619,7 +619,7 @@ def film(agent: AggreVateDAgent, path: Path) -> None:
     warnings.simplefilter("ignore")  # of a missing display; what matters is said below
     (episode,), frames = agent.evaluate(n_episodes=1), []
     try:
-        env = make_env(agent.config.env_name, "rgb_array")
+        env = make_env(agent.config.env_name, render_mode="rgb_array")
         env.reset(seed=int(np.random.default_rng((VALIDATION, 0)).integers(2**31)))
         for action in episode.actions:
             frames.append(Image.fromarray(env.render()[::2, ::2]).quantize(32))
@@ -686,7 +686,7 @@ def main(argv=None) -> int:
         print(f"score  python aggrevated.py --evaluate {run_dir}")
         return 0
     except KeyboardInterrupt:
-        print(f"\nStopped.  Go on with:  python aggrevated.py --resume {run_dir}")
+        print("\nStopped.", f"Go on: python aggrevated.py --resume {run_dir}" if run_dir else "")
         return 130
     except (UserError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,6 @@
 """Average a span of a train_sac.py run into one agent, score it, and put it into sac/.
 
     python rl-trained-agents/publish.py RUN_DIR --n 1 --first 350000 --last 700000
-
-The score is from fresh episodes in the untouched environment, on which nothing was ever chosen.
 """
 
 import argparse
@@ -90,38 +88,31 @@ def main() -> None:
     option("--n", type=int, required=True, help="the agent's number in sac/")
     option("--first", type=int, default=0, help="no checkpoint before so many updates")
     option("--last", type=int, default=10**9, help="none after so many")
-    option("--which", choices=("average", "last"), default="average", help="last: of --last alone")
-    option("--env_name", help="by default what the run folder is called, up to _s")
     option("--episodes", type=int, default=500, help="of the score")
     option("--learner_episodes", type=int, default=100, help="of the audit after a learner, or 0")
     option("--n_workers", type=int, default=1, help="processes that play")
-    option("--obstacles", action="store_true", help="count what episodes below 250 ended at")
     option("--logs", action="store_true", help="copy and draw the run's logs: for its first agent")
     option("--out", type=Path, default=Path(__file__).resolve().parent / "sac", help="not sac/")
     args = parser.parse_args()
     run_dir = args.run_dir.resolve()
-    env_name = args.env_name or run_dir.name.rsplit("_s", 1)[0]
+    env_name = run_dir.name.rsplit("_s", 1)[0]
     settings = json.loads((run_dir / "settings.json").read_text())
     paths = [p for p in sorted(run_dir.glob("*.pt")) if args.first <= int(p.stem) <= args.last]
-    if not paths:
-        parser.error("the run has no checkpoint from --first to --last")
-    checkpoints = [torch.load(p) for p in (paths[-1:] if args.which == "last" else paths)]
-    at = [c["updates"] for c in checkpoints]
+    checkpoints, at = [torch.load(p) for p in paths], [int(p.stem) for p in paths]
     zip_path = args.out / f"{env_name}_{args.n}" / f"{env_name}.zip"
     (folder := zip_path.parent).mkdir(parents=True, exist_ok=True)
-    merge([c[args.which] for c in checkpoints], env_name, zip_path)
+    merge([c["average"] for c in checkpoints], env_name, zip_path)
     agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=args.n_workers, device="cpu"))
     played = agent.evaluate("expert", args.episodes, SCORE)
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
     how = dict(fmt="%d,%.3f,%d", header="episode,return,length", comments="")
     np.savetxt(folder / "returns.csv", rows, **how)
     returns, fall_reward = rows[:, 1], settings["fall_reward"]
-    failed = np.flatnonzero(returns < 250) if args.obstacles else ()
+    failed = np.flatnonzero(returns < 250) if "Hardcore" in env_name else ()
     score = dict(
-        env_name=env_name, run=run_dir.name,
-        checkpoints=dict(which=args.which, first=at[0], last=at[-1], number=len(at)),
+        env_name=env_name, run=run_dir.name, gamma=agent.expert.gamma,
+        checkpoints=dict(first=at[0], last=at[-1], number=len(at)),
         **{k: checkpoints[-1][k] for k in ("updates", "env_steps", "minutes")},
-        gamma=agent.expert.gamma,
         score=dict(
             mean=returns.mean(), std=(std := returns.std(ddof=1)), episodes=len(returns),
             standard_error=std / len(returns) ** 0.5,
@@ -141,7 +132,7 @@ def main() -> None:
         log = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True)
         plt.errorbar(log["updates"], log["average_return"], log["standard_error"], label="averaged")
         plt.plot(log["updates"], log["sampled_return"], label="while training")
-        plt.gca().set(xlabel="updates", ylabel="return", title=run_dir.name)
+        plt.xlabel("updates")
         plt.legend()
         plt.savefig(folder / "curve.png", dpi=90)
     print(json.dumps(score["score"], indent=1, default=float))

@@ -3,10 +3,9 @@
     python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, two to three hours
     python rl-trained-agents/train_sac.py --resume     go on where it was stopped
 
-SAC itself is SB3's.  Three things are added, without which the course is not solved: a fall pays
--10 instead of -100; part of every batch is drawn from the steps before a fall; and every checkpoint
-has the mean of the weights since the one before, so that `publish.py` can average any span of the
-run into one agent.  Scores are always the untouched environment's own returns.
+SAC itself is SB3's.  Three things are added: a fall pays -10 instead of -100; part of every batch
+is drawn from the steps before falls; a checkpoint has the mean of the weights since the one before,
+so that `publish.py` can average any span.  Scores are the untouched environment's own returns.
 """
 
 import argparse
@@ -42,8 +41,8 @@ class Settings:
     """What the recipe decides, each an option; all else is SB3's default (gamma 0.99)."""
 
     updates: int = 700_000  # gradient steps in all
-    n_envs: int = 32  # side by side
-    gradient_steps: int = 4  # updates per step of all environments
+    n_envs: int = 32  # side by side ...
+    gradient_steps: int = 4  # ... and updates per step of them all
     units: int = 256  # in each of two hidden layers
     learning_rate: float = 3e-4
     batch_size: int = 128
@@ -73,9 +72,8 @@ class FallReward(gym.Wrapper):
 class FailureReplayBuffer(NStepReplayBuffer):
     """SB3's n-step buffer, but a share of each batch is drawn from the steps before falls.
 
-    Uniform draws hardly ever show the rare falls that are left to learn from.  A step counts if it
-    is one of the last `failure_window` of an episode that ended in a fall; all that count are
-    equally likely.  Until there is a fall, every draw is uniform.
+    Uniform draws hardly ever show the rare falls that are left.  The steps that count, the last
+    `failure_window` of every episode that ended in a fall, are equally likely.
     """
 
     def __init__(self, *args, failure_share: float, failure_window: int, **kwargs):
@@ -122,10 +120,9 @@ class FailureReplayBuffer(NStepReplayBuffer):
 
 
 class Checkpoints(BaseCallback):
-    """Every `checkpoint_every` updates: mean weights, last weights, an evaluation, a resume point.
+    """Every `checkpoint_every` updates: mean and last weights, an evaluation, a resume point.
 
-    The mean runs over all updates since the checkpoint before, for the actor and the critics alike,
-    so that Q* belongs to the averaged actor.
+    Actor and critics are averaged alike, so that Q* belongs to the averaged actor.
     """
 
     def __init__(self, env_name: str, settings: Settings, run_dir: Path, rows: list[dict]):
@@ -135,8 +132,8 @@ class Checkpoints(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.started = time.monotonic() - (60 * self.rows[-1]["minutes"] if self.rows else 0)
-        done, total = self.model._n_updates, self.settings.updates
-        self.bar = tqdm(initial=done, total=total, unit=" updates", mininterval=1, smoothing=0.01)
+        done = dict(initial=self.model._n_updates, total=self.settings.updates)
+        self.bar = tqdm(**done, unit=" updates", mininterval=1, smoothing=0.01)
 
     def _on_step(self) -> bool:
         """Called before each round of updates; the weights are those after the round before."""
@@ -164,7 +161,6 @@ class Checkpoints(BaseCallback):
         minutes, error = (time.monotonic() - self.started) / 60, np.std(returns, ddof=1) / 32**0.5
         values = updates, self.num_timesteps, minutes, sampled, np.mean(returns), error
         self.rows.append(row := {k: round(float(v), 2) for k, v in zip(COLUMNS, values)})
-        self.bar.set_postfix_str(f"return {row['average_return']:.0f}")
         torch.save(row | dict(last=last, average=average), self.run_dir / f"{updates:07d}.pt")
         with open(self.run_dir / "evaluations.csv", "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *(row.values() for row in self.rows)])
@@ -182,8 +178,8 @@ def build(env_name: str, s: Settings, seed: int) -> SAC:
     buffer = {k: getattr(s, k) for k in ("n_steps", "failure_share", "failure_window")}
     return SAC(
         "MlpPolicy", env, s.learning_rate, s.buffer_size, s.learning_starts, s.batch_size,
-        gradient_steps=s.gradient_steps, replay_buffer_class=FailureReplayBuffer,
-        replay_buffer_kwargs=buffer, seed=seed, device="cpu",
+        gradient_steps=s.gradient_steps, seed=seed, device="cpu",
+        replay_buffer_class=FailureReplayBuffer, replay_buffer_kwargs=buffer,
         policy_kwargs=dict(net_arch=[s.units, s.units], optimizer_kwargs=dict(fused=True)),
     )  # fmt: skip
 
@@ -199,8 +195,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    runs = Path(__file__).resolve().parent / "runs"
-    run_dir = args.run_dir or runs / f"{args.env_name}_s{args.seed}"
+    name = f"runs/{args.env_name}_s{args.seed}"
+    run_dir = args.run_dir or Path(__file__).resolve().parent / name
     run_dir.mkdir(parents=True, exist_ok=args.resume)
     saved = json.loads((run_dir / "settings.json").read_text()) if args.resume else {}
     given = {k: v for k, v in vars(args).items() if hasattr(Settings, k) and v is not None}

@@ -61,7 +61,7 @@ def floor_of(agent, streams, trajectories):
 
     def run():
         step = functools.partial(replay, agent.config.env_name)
-        total = sum((agent.pool.map if agent.pool else map)(step, shares))
+        total = sum((agent.pool.map if agent.config.n_workers > 1 else map)(step, shares))
         assert abs(total - expected) < 1e-6 * abs(expected) + 1e-6, "a replay took another course"
 
     return run

@@ -145,7 +145,7 @@ def runs(tmp_path_factory):
     """{checkpoint_every: (folder, weights after each update)} of the same 40 updates."""
     result, train = {}, SAC.train
     for every in (20, 40):
-        folder, weights = tmp_path_factory.mktemp("run") / "r", []
+        folder, weights = tmp_path_factory.mktemp("run") / "Pendulum-v1_s0", []
 
         def recorded(self, *args, weights=weights, **kwargs):
             train(self, *args, **kwargs)
@@ -192,7 +192,7 @@ def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
 
 
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):
-    options = "--n=7 --env_name=Pendulum-v1 --episodes=3 --learner_episodes=0 --logs".split()
+    options = "--n=7 --episodes=3 --learner_episodes=0 --logs".split()
     monkeypatch.setattr(sys, "argv", ["", str(runs[20][0]), f"--out={tmp_path}", *options])
     publish.main()
     out = tmp_path / "Pendulum-v1_7"
@@ -201,7 +201,7 @@ def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, mon
     torch.testing.assert_close(dict(model.policy.state_dict()), expected, rtol=0, atol=1e-9)
     assert not model.actor.optimizer.state and model.buffer_size == 1
     assert model.predict(np.zeros(3, dtype=np.float32))[0].shape == (1,)
-    assert score["checkpoints"] == dict(which="average", first=20, last=40, number=2)
+    assert score["checkpoints"] == dict(first=20, last=40, number=2)
     _, returns, _ = np.loadtxt(out / "returns.csv", delimiter=",", skiprows=1).T
     assert score["score"]["mean"] == pytest.approx(returns.mean(), abs=1e-3)
     assert score["q_audit"]["steps"] == 50 * len(returns) == 150 and (out / "curve.png").exists()

@@ -207,7 +207,6 @@ def test_returns_to_go_are_discounted_sums(gamma):
     np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
 
 
-@pytest.mark.xfail(reason="the result has the rewards' type: whole numbers", strict=True)
 def test_returns_to_go_of_whole_rewards():
     np.testing.assert_allclose(returns_to_go(np.array([1, 1, 1]), 0.5), [1.75, 1.5, 1])
 
