@@ -1,7 +1,4 @@
-"""Average a span of a train_sac.py run into one agent, score it, and put it into sac/.
-
-    python rl-trained-agents/publish.py RUN_DIR --n 1 --first 350000 --last 700000
-"""
+"""Average a span of a train_sac.py run into one agent, score it, and put it into sac/."""
 
 import argparse
 import hashlib
@@ -90,7 +87,6 @@ def main() -> None:
     option("--last", type=int, default=10**9, help="none after so many")
     option("--episodes", type=int, default=500, help="of the score")
     option("--learner_episodes", type=int, default=100, help="of the audit after a learner, or 0")
-    option("--n_workers", type=int, default=1, help="processes that play")
     option("--logs", action="store_true", help="copy and draw the run's logs: for its first agent")
     option("--out", type=Path, default=Path(__file__).resolve().parent / "sac", help="not sac/")
     args = parser.parse_args()
@@ -102,11 +98,11 @@ def main() -> None:
     zip_path = args.out / f"{env_name}_{args.n}" / f"{env_name}.zip"
     (folder := zip_path.parent).mkdir(parents=True, exist_ok=True)
     merge([c["average"] for c in checkpoints], env_name, zip_path)
-    agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=args.n_workers, device="cpu"))
+    agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=1, device="cpu"))
     played = agent.evaluate("expert", args.episodes, SCORE)
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
-    how = dict(fmt="%d,%.3f,%d", header="episode,return,length", comments="")
-    np.savetxt(folder / "returns.csv", rows, **how)
+    columns = dict(header="episode,return,length", comments="")
+    np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **columns)
     returns, fall_reward = rows[:, 1], settings["fall_reward"]
     failed = np.flatnonzero(returns < 250) if "Hardcore" in env_name else ()
     score = dict(
@@ -135,7 +131,6 @@ def main() -> None:
         plt.xlabel("updates")
         plt.legend()
         plt.savefig(folder / "curve.png", dpi=90)
-    print(json.dumps(score["score"], indent=1, default=float))
 
 
 if __name__ == "__main__":

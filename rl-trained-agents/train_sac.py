@@ -102,8 +102,7 @@ class FailureReplayBuffer(NStepReplayBuffer):
         dones[:], self.age[:] = 1.0, 0
 
     def sample(self, batch_size: int, env=None):
-        rows = np.random.randint(self.size(), size=batch_size)
-        columns = np.random.randint(self.n_envs, size=batch_size)
+        rows, columns = np.random.randint([[self.size()], [self.n_envs]], size=(2, batch_size))
         if len(self.falls):
             n, ends = round(self.failure_share * batch_size), self.falls[:, 2].cumsum()
             draw = np.random.randint(ends[-1], size=n)
@@ -120,10 +119,7 @@ class FailureReplayBuffer(NStepReplayBuffer):
 
 
 class Checkpoints(BaseCallback):
-    """Every `checkpoint_every` updates: mean and last weights, an evaluation, a resume point.
-
-    Actor and critics are averaged alike, so that Q* belongs to the averaged actor.
-    """
+    """Every `checkpoint_every` updates: mean and last weights, an evaluation, a resume point."""
 
     def __init__(self, env_name: str, settings: Settings, run_dir: Path, rows: list[dict]):
         super().__init__()
@@ -166,8 +162,7 @@ class Checkpoints(BaseCallback):
             csv.writer(file).writerows([COLUMNS, *(row.values() for row in self.rows)])
         self.model.save(model := io.BytesIO())
         state = dict(model=model.getvalue(), buffer=self.model.replay_buffer, rows=self.rows)
-        with open(self.run_dir / "resume.new", "wb") as file:
-            pickle.dump(state, file)
+        (self.run_dir / "resume.new").write_bytes(pickle.dumps(state))
         os.replace(self.run_dir / "resume.new", self.run_dir / "resume.pkl")  # all or nothing
 
 

@@ -69,7 +69,6 @@ def expert_zip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(expert_zip):
     """small(**changes): the Config values of a run of about a second."""
-
     values = dict(
         env_name="Pendulum-v1", expert_path=str(expert_zip), device="cpu", n_workers=1, K=2, H=40,
         max_iteration=2, alpha_decay_iterations=2, eval_every=1, eval_episodes=2, hidden_dim=16,

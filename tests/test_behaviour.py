@@ -52,6 +52,7 @@ def test_noise_of_the_learner_is_standard_normal_times_its_scale():
     trajectories = roll_in(LEARNER, EXPERT, TINY, 0.0, 0.5, 5, streams(300))
     z = np.concatenate([(t.actions + t.states[:, 2:]) / 0.5 for t in trajectories])[:, 0]
     assert abs(z.mean()) < 4 / math.sqrt(len(z)) and z.std() == pytest.approx(1, abs=0.1)
+    assert len(set(z)) == len(z)  # drawn anew at every step
 
 
 # -- trajectories ----------------------------------------------------------------------------------

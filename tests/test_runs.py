@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, checkpoint, equal, evaluations, only_run
+import torch
+from conftest import ROOT, checkpoint, equal, evaluations, make_sac, only_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -111,9 +112,16 @@ def test_start_from_another_runs_policy(finished, run_small):
     assert np.mean([float(r["return"]) for r in rows]) == pytest.approx(start["best_return"])
 
 
-@pytest.mark.parametrize(
-    "name", ["Tiny", "Undrawable", "WithoutRenderMode"]
-)
+def test_start_in_an_environment_of_other_bounds(finished, small, tmp_path):
+    make_sac(tmp_path / "narrow.zip", narrow := "tiny_envs:Narrow-v0")
+    expert, start = str(tmp_path / "narrow.zip"), str(finished[1] / "best.pt")
+    values = small(env_name=narrow, expert_path=expert, init_path=start)
+    agent = aggrevated.open_agent(None, None, values)
+    action = agent.policy.predict(100 * torch.ones(1, 3)).item()
+    assert 0.9 < abs(action) <= 1
+
+
+@pytest.mark.parametrize("name", ["Tiny", "Undrawable", "WithoutRenderMode"])
 def test_environment_without_a_picture(name, run_main, small, tmp_path):
     result = run_main(**small(log_dir=tmp_path, env_name=f"tiny_envs:{name}-v0"))
     assert result.status == 0, result.err
