@@ -27,8 +27,8 @@ import aggrevated  # noqa: E402
 SAC = "rl-trained-agents/sac/{0}_{1}/{0}.zip"
 HARDCORE = "BipedalWalkerHardcore-v3"
 TASKS = {  # name: (options, test episodes)
-    "hardcore": ({}, 500),
-    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500),
+    "hardcore": ({}, 300),
+    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 300),
     "bipedal": (dict(env_name="BipedalWalker-v3"), 100),
     "pendulum": (dict(env_name="Pendulum-v1"), 100),
     "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100),
