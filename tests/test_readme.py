@@ -1,5 +1,6 @@
-"""Options and files that README.md names exist."""
+"""What README.md and the cards say is what the code and the logs have."""
 
+import json
 import re
 from dataclasses import fields
 
@@ -25,4 +26,20 @@ def test_named_files_exist():
     assert links or paths
     for path in links + paths:
         here = [folder / path for folder in (ROOT, ROOT / "logs/reference", ROOT / "tests")]
-        assert "/runs/" in path or any(p.exists() for p in here), path
+        assert "/runs/" in path or "ENV" in path or any(p.exists() for p in here), path
+
+
+def test_results_are_those_of_the_study():
+    """The page that draw.py writes from the logs has every row of the README's tables of results."""
+    study = (ROOT / "logs" / "reference" / "README.md").read_text().splitlines()
+    rows = [line for line in README.splitlines() if line.startswith("|") and " × " in line]
+    assert len(rows) >= 6 and set(rows) <= set(study)
+
+
+def test_cards_have_the_scores_of_the_agents():
+    cards = (ROOT / "rl-trained-agents" / "README.md").read_text()
+    for path in (ROOT / "rl-trained-agents" / "sac").glob("*/score.json"):
+        card = json.loads(path.read_text())
+        score = card["score"]
+        mean = f"| {path.parent.name} | {score['mean']:.1f} ± {score['standard_error']:.1f} |"
+        assert mean in cards and card["sha256"][:16] in cards

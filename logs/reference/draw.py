@@ -113,15 +113,17 @@ def versus(a: np.ndarray, b: np.ndarray) -> str:
 
 
 # -- tables ----------------------------------------------------------------------------------------
-HEAD = """| {} | seeds × episodes | mean return | ≥ 300 | minus {} (95 % CI) | last iterate, minus {} | steps | min |
-|---|---|---|---|---|---|---|---|"""
+HEAD = (
+    "| {} | seeds × episodes | mean return | ≥ 300 | minus {} (95 % CI) | last iterate, minus {} "
+    "| steps | min |\n|---|---|---|---|---|---|---|---|"
+)
 
 
 def cells(x: np.ndarray) -> str:
     """How many test returns there are, their mean over the seeds' range, and the share of 300."""
     by_seed = x.mean(axis=1)
     spread = f" ({by_seed.min():.1f} to {by_seed.max():.1f})" if len(x) > 1 else ""
-    solved = f"{np.mean(x >= 300):.1%}" if x.max() < 400 else ""
+    solved = f"{np.mean(x >= 300):.1%}" if 250 < x.max() < 400 else ""  # BipedalWalker
     return f"{len(x)} × {x.shape[1]} | {x.mean():.1f}{spread} | {solved}"
 
 
@@ -158,6 +160,8 @@ def hardcore_table() -> str:
 
 def ablation_table() -> str:
     """What changes when one choice of the default is changed."""
+    if not scored(*ABLATIONS):
+        return "Not run yet."
     default = {who: returns("aggrevated", who) for who in ("best", "last")}
     lines = [HEAD.format("the default, but", "default", "default")]
     for row in scored(*ABLATIONS):
@@ -177,6 +181,8 @@ def task_table() -> str:
 
 def figure_2_table() -> str:
     """The paper's two continuous tasks, member by member."""
+    if not scored(*(row for row in ROWS if row.startswith(("hopper_", "walker2d_")))):
+        return "Not run yet."
     lines = [HEAD.format("task and method", "its expert", "its expert")]
     for task in scored("hopper", "walker2d"):
         lines.append(line(task, against_expert(task), f"{NAMES[task]}: {NAMES['aggrevated']}"))
@@ -195,7 +201,7 @@ def sentences() -> str:
     for a, b in pairs:
         if runs(a) and runs(b):
             best, last = (versus(returns(a, who), returns(b, who)) for who in ("best", "last"))
-            lines.append(f"- `{a}` minus `{b}`: {best} by the best iterate, {last} by the last one.")
+            lines.append(f"- `{a}` minus `{b}`: {best} by the best iterate, {last} by the last.")
     return "\n".join(lines)
 
 
@@ -213,7 +219,7 @@ def draw_curves(name: str, title: str, task: str, rows: dict[str, str], sac: Pat
         axes.fill_between(steps[1:], low, high, alpha=0.2, color=drawn.get_color())
     if task == "hardcore" and runs("imitation_dagger"):  # it has no validation episodes
         x, test = cost("imitation_dagger")[0], returns("imitation_dagger", "last").mean(axis=1)
-        axes.plot([x] * len(test), test, "k+", label=f"DAgger of imitation, test ({len(test)} seeds)")
+        axes.plot([x] * len(test), test, "k+", label="DAgger of imitation (test episodes)")
     if sac:
         log = np.genfromtxt(sac, delimiter=",", names=True)
         axes.plot(log["env_steps"], log["average_return"], color="gray", label="SAC from scratch")
@@ -225,7 +231,7 @@ def draw_curves(name: str, title: str, task: str, rows: dict[str, str], sac: Pat
 
 
 def draw_why() -> None:
-    """The gap of a cloned learner over the steps before its falls, and whether Q* is right there."""
+    """The gap of a cloned learner over the steps before its falls."""
     log = np.genfromtxt(HERE / "why.csv", delimiter=",", names=True)
     falls, usual = log[log["steps_before_fall"] > 0], log[log["steps_before_fall"] == 0][0]
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
