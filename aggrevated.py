@@ -8,14 +8,17 @@ cost-to-go Q*.  Rewards are maximised here where the paper minimises costs.
     python aggrevated.py --resume logs/RUN        go on where a run was stopped
     python aggrevated.py --evaluate logs/RUN      score its best policy on fresh episodes
 
-Algorithm 1 in the names of this file, which lays them out from top to bottom:
+The paper's Algorithm 1 in the names of this file, which lays them out from top to bottom:
 
-    for n = 1 .. max_iteration:                              see iterate(n)
-        alpha = decay_alpha(n)                               1, falling linearly to 0
-        trajectories = simulate(...)                         K of the mixture, at most H steps each
-        label(trajectories)                                  Q*(s, a) and the expert's action
-        update(n)                                            theta += step along the gradient of
-    return the iterate that validate() liked best            mean_s [ w(s) log pi(target | s) ]
+    for n = 1 .. max_iteration:            iterate(n)
+        alpha = decay_alpha(n)             1, falling linearly to 0
+        trajectories = simulate(...)       K of the mixture, at most H steps each
+        label(trajectories)                the expert's action in every state, and its Q*
+        update(n)                          climbs mean_s[ w(s) log pi(target | s) ]
+        validate(run_dir)                  now and then: keeps the best iterate
+
+The default's target is the expert's action, its weight what Q* says the learner's own action would
+cost there: a regression that needs few steps.  `--algorithm score` is the paper's own gradient.
 """
 
 import argparse
@@ -43,10 +46,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: a roll-in worker 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 from PIL import Image
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.sac.policies import SACPolicy
+from torch import nn
 from torch.distributions import Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import AffineTransform, TanhTransform
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -55,7 +58,7 @@ from tqdm import tqdm
 
 Normal.set_default_validate_args(False)  # `update` finds what is not finite
 # Every random stream is a pure function of (purpose, seed, counters): evaluating more often cannot
-# disturb training, and a resumed run needs no generator states.  Nothing was ever chosen by TEST.
+# disturb training, and a resumed run needs no generator states.  No setting was chosen by TEST.
 ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 8
 
 
@@ -110,7 +113,7 @@ class Config:
     kl_step: float = option(0.01, "natural: KL between old and new policy [nats]", 1e-12, 10)
     gamma: float = option(0.0, "discount of REINFORCE; 0: the one that Q* has", 0, 1)
     eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
-    eval_episodes: int = option(100, "episodes per evaluation; 20 to 500", low=1)
+    eval_episodes: int = option(20, "episodes per evaluation; 10 to 500", low=1)
     log_dir: str = option("logs", "parent of the run folders")
 
     def check(self) -> "Config":
@@ -119,24 +122,14 @@ class Config:
             value, m = getattr(self, f.name), f.metadata
             if f.type is not str and not m["low"] <= value <= m["high"]:
                 raise UserError(f"{f.name} is {value}; give {m['low']} to {m['high']}.")
+            if m["choices"] and value not in m["choices"]:
+                raise UserError(f"{f.name} is {value!r}; give one of {', '.join(m['choices'])}.")
         zoo = "rl-trained-agents/sac/{0}_1/{0}.zip"  # the RL Zoo's layout
         self.expert_path = self.expert_path or zoo.format(self.env_name)
         return self
 
 
 # == 2. The learner: a tanh-Gaussian policy on any bounded Box ===================================
-def numpy_forward(layers, x: np.ndarray) -> np.ndarray:
-    """Torch layers on an array (n, in): at ten states a fraction of torch's call overhead."""
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
-        elif isinstance(layer, nn.ReLU):
-            x = np.maximum(x, 0)
-        else:
-            x = layer(torch.from_numpy(x)).detach().numpy()
-    return x
-
-
 class PolicyNetwork(nn.Module):
     """a = offset + scale * tanh(u), u ~ N(mean(s), std(s)).
 
@@ -190,25 +183,18 @@ class PolicyNetwork(nn.Module):
         """Actions cut to this share of the range: at its ends, where experts act, atanh is inf."""
         return action.clamp(self.offset - share * self.scale, self.offset + share * self.scale)
 
+    @torch.inference_mode()
     def act(self, state: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """The action of `mean + std * noise`, in numpy, on the CPU: what the roll-in calls."""
-        x = (state - self.state_mean.numpy()) / self.state_std.numpy()
-        x = numpy_forward((self.fc1, nn.ReLU(), self.fc2, nn.ReLU()), x)
-        share = 0.5 + 0.5 * np.tanh(0.5 * numpy_forward([self.log_std], x))  # the sigmoid
-        log_std = self.log_std_min + share * (self.log_std_max - self.log_std_min)
-        u = numpy_forward([self.mean], x) + np.exp(log_std) * noise
-        return self.offset.numpy() + self.scale.numpy() * np.tanh(u)
+        """The action of u = mean + std * noise, from arrays, on the CPU: what the roll-in calls."""
+        mean, std = self(torch.from_numpy(state))
+        return (self.offset + self.scale * torch.tanh(mean + std * torch.from_numpy(noise))).numpy()
 
 
 # == 3. The expert: a SAC agent whose twin critics are Q* ========================================
-def sizes(weights: dict, prefix: str) -> list[int]:
-    """Output sizes of the linear layers under a prefix, in order."""
-    return [w.shape[0] for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
-
-
 class SACExpert:
     """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
 
+    Q* is what SAC learned: discounted by SAC's gamma, entropy bonus and all.
     Raises UserError if the file is not a SAC zip or does not fit the spaces.  Nothing in it can run
     code: SB3 reads the weights by torch's `weights_only`, and the rest is plain JSON.
     """
@@ -220,7 +206,10 @@ class SACExpert:
                 data = json.loads(archive.read("data"))
             kwargs = data.get("policy_kwargs") or {}
             activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
-            pi, qf = (sizes(weights, prefix) for prefix in ("actor.latent_pi.", "critic.qf0."))
+            pi, qf = (  # output sizes of the linear layers, in order
+                [len(w) for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
+                for prefix in ("actor.latent_pi.", "critic.qf0.")
+            )
             policy = SACPolicy(
                 observation_space, action_space, lr_schedule=lambda _: 0.0,
                 net_arch=dict(pi=pi, qf=qf[:-1]),
@@ -230,17 +219,17 @@ class SACExpert:
             )  # fmt: skip
             policy.load_state_dict(weights)
             self.gamma = float(data["gamma"])
-        mu = policy.actor.mu  # with gSDE a Sequential that ends in a bound
-        self.layers = *policy.actor.latent_pi, *(mu if isinstance(mu, nn.Sequential) else [mu])
+        self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu).requires_grad_(False)
         self.critic = policy.critic.to(device).requires_grad_(False)
         self.low, self.high = action_space.low, action_space.high
 
     def __getstate__(self):
         return self.__dict__ | dict(critic=None)  # what goes to a roll-in worker only acts
 
+    @torch.inference_mode()
     def predict(self, state: np.ndarray) -> np.ndarray:
         """The deterministic actions (N, action_dim), in the environment's units."""
-        scaled = np.tanh(numpy_forward(self.layers, state))  # in [-1, 1]
+        scaled = self.mean(torch.from_numpy(state)).tanh().numpy()  # in [-1, 1]
         return self.low + 0.5 * (scaled + 1.0) * (self.high - self.low)
 
     @torch.no_grad()
@@ -251,7 +240,7 @@ class SACExpert:
         return torch.cat(self.critic(state, scaled), dim=1).amin(dim=1, keepdim=True)
 
 
-# == 4. Roll-in (Algorithm 1, line 4) ============================================================
+# == 4. Roll-in (line 4 of the paper) ============================================================
 @dataclass(frozen=True)
 class Trajectory:
     """What one environment showed until it ended or `horizon` steps were over."""
@@ -309,13 +298,14 @@ def roll_in(policy, expert, env_name, alpha, noise_scale, horizon, streams) -> l
 
 
 def work(players: bytes, *job) -> list[Trajectory]:
-    """`roll_in` in a worker, to which policy and expert come pickled."""
+    """`roll_in` in a worker; pickled by hand, for torch would send tensors as shared memory."""
     return roll_in(*pickle.loads(players), *job)
 
 
 def start_worker() -> None:
     """What a worker does first; it ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -366,7 +356,10 @@ def conjugate_gradient(product, b, iterations=10) -> torch.Tensor:
 
 
 def natural_step(policy, loss_of, state, kl_step: float):
-    """Step along -I(theta)^-1 grad (section 5.2) to a KL of kl_step, halved till the loss falls."""
+    """Step along -I(theta)^-1 grad (section 5.2) to a KL of kl_step; the loss before it.
+
+    Halved until the KL is right and the loss falls; after ten halvings no step at all.
+    """
     parameters, loss, grad = list(policy.parameters()), loss_of(), torch.autograd.grad
     gradient, new = parameters_to_vector(grad(loss, parameters)), policy(state[:10_000])
     kl = mean_kl([x.detach() for x in new], new)  # its Hessian at theta itself is I(theta)
@@ -394,6 +387,11 @@ class AggreVateDAgent:
 
     def __init__(self, config: Config):
         self.config = c = config
+        # a fork needs no imports and shares memory; Linux alone has a safe one, before any thread
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
+        if c.n_workers > 1:
+            self.pool.submit(int)  # starts them
         cuda = torch.cuda.is_available() and c.device == "auto"
         self.device = torch.device("cuda" if cuda else "cpu")
         torch.set_num_threads(c.n_workers)
@@ -406,10 +404,8 @@ class AggreVateDAgent:
         self.optimizer = torch.optim.Adam(self.policy.to(self.device).parameters(), fused=True)
         self.experience: dict[str, torch.Tensor] = {}  # newest transitions, (N, ...) each
         self.on_policy = c.algorithm in ("score", "minmax", "reinforce")  # else all data is kept
-        self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, -1, 0, 0.0
+        self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, 0, 0, 0.0
         self.best_return, self.rows = -math.inf, []  # rows of evaluations.csv
-        spawn = multiprocessing.get_context("spawn")  # forking a process with CUDA is not safe
-        self.pool = ProcessPoolExecutor(c.n_workers, spawn, start_worker)  # starts when used
 
     def decay_alpha(self, iteration: int) -> float:
         """The mixing rate alpha_n: 1 in iteration 1, then linearly to 0, and 0 from there."""
@@ -417,14 +413,14 @@ class AggreVateDAgent:
         self.alpha = {"bc": 1.0, "reinforce": 0.0}.get(self.config.algorithm, decayed)
         return self.alpha
 
-    def simulate(self, streams: list, *how) -> list[Trajectory]:
+    def simulate(self, streams: list, alpha, noise_scale, horizon) -> list[Trajectory]:
         """`roll_in` by all workers; the trajectories come back in the order of their streams."""
         players = pickle.dumps((copy.deepcopy(self.policy).cpu(), self.expert))
-        size = min(math.ceil(len(streams) / self.config.n_workers), 25)
-        shares = [streams[i : i + size] for i in range(0, len(streams), size)]
+        job = partial(work, players, self.config.env_name, alpha, noise_scale, horizon)
+        size = min(math.ceil(len(streams) / self.config.n_workers), 25)  # more: a long tail
+        batches = [streams[i : i + size] for i in range(0, len(streams), size)]
         run = self.pool.map if self.config.n_workers > 1 else map  # a single one: this process
-        parts = run(partial(work, players, self.config.env_name, *how), shares)
-        return [trajectory for part in parts for trajectory in part]
+        return [trajectory for part in run(job, batches) for trajectory in part]
 
     def get_q_star(self, state, action):
         """Q*(s, a) (N, 1), without gradient, in pieces that stay in the CPU's cache."""
@@ -440,7 +436,6 @@ class AggreVateDAgent:
         state, action, to_go, expert_action = (torch.from_numpy(x).to(self.device) for x in arrays)
         new = dict(state=state, action=action, expert_action=expert_action, to_go=to_go[:, None])
         new["q_expert"] = self.get_q_star(state, expert_action)
-        new["q_action"] = self.get_q_star(state, action)
         if not new["q_expert"].isfinite().all():
             raise UserError("Q* is NaN or infinite on a visited state; use another expert.")
         kept = {} if self.on_policy else self.experience
@@ -460,15 +455,17 @@ class AggreVateDAgent:
         if c.algorithm == "reinforce":
             return state, e["action"], standardise(e["to_go"])
         if c.algorithm == "minmax":
-            return state, policy.inside(e["action"]), self.normalize_q_star(e["q_action"])
-        if c.algorithm == "score":  # A*(s, a) = Q*(s, a) - V*(s), the mean of two samples of pi
+            q_action = self.get_q_star(state, e["action"])
+            return state, policy.inside(e["action"]), self.normalize_q_star(q_action)
+        if c.algorithm == "score":  # A*: Q* less a baseline, its mean over two samples of pi
             state = state.repeat(2, 1)
             action, _ = policy.sample(state)
             q = self.get_q_star(state, action).view(2, -1, 1)
             return state, action, standardise((q - q.mean(dim=0)).view(-1, 1)).clamp(-5, 5)
         target, weight = policy.inside(e["expert_action"]), torch.ones_like(e["q_expert"])
         if c.algorithm == "aggrevate":  # the gap of what was executed then
-            weight = gap_weights(e["q_expert"], e["q_action"], c.gap_factor, c.gap_cut)
+            q_action = self.get_q_star(state, e["action"])
+            weight = gap_weights(e["q_expert"], q_action, c.gap_factor, c.gap_cut)
         if c.algorithm == "aggrevated":  # the gap of what the learner would do now
             q_learner = self.get_q_star(state, policy.predict(state))
             weight = gap_weights(e["q_expert"], q_learner, c.gap_factor, c.gap_cut)
@@ -479,14 +476,14 @@ class AggreVateDAgent:
         return -(weight * self.policy.get_log_prob(state, target)).mean()
 
     def update(self, iteration: int) -> float:
-        """`train_repeat` passes over `update_sz` transitions (line 5); returns the mean loss."""
+        """`train_repeat` passes over at most `update_sz` transitions (line 5); the mean loss."""
         c, losses, n = self.config, [], len(self.experience["state"])
         torch.manual_seed(np.random.default_rng((UPDATE, c.seed, iteration)).integers(2**62).item())
         drawn = torch.randperm(n) if self.on_policy else torch.randint(n, (c.update_sz,))
         drawn = drawn[: c.update_sz].to(self.device)
         data = self.weigh({k: v[drawn] for k, v in self.experience.items()})
-        share = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
-        self.optimizer.param_groups[0]["lr"] = c.lr + (c.final_lr - c.lr) * share
+        progress = min((iteration - 1) / max(c.max_iteration - 1, 1), 1.0)
+        self.optimizer.param_groups[0]["lr"] = c.lr + (c.final_lr - c.lr) * progress
         for _ in range(c.train_repeat):
             if c.optimizer == "natural":
                 loss_of = partial(self.loss, *data)
@@ -510,8 +507,8 @@ class AggreVateDAgent:
         return self.simulate(streams, float(who == "expert"), 0.0, self.horizon)
 
     def validate(self, run_dir: Path) -> dict[str, float]:
-        """Evaluate the learner, at first the expert too; keep the best iterate (line 7)."""
-        for who in ("expert", "learner") if self.iteration == 0 else ("learner",):
+        """Evaluate the learner, the first time the expert too; keep the best iterate (line 7)."""
+        for who in ("learner",) if self.rows else ("expert", "learner"):
             now = self.iteration, self.env_steps, round(self.seconds, 1), who
             for i, t in enumerate(episodes := self.evaluate(who)):
                 self.rows.append([*now, i, float(t.rewards.sum()), len(t.rewards)])
@@ -519,9 +516,10 @@ class AggreVateDAgent:
         with open(run_dir / "evaluations.tmp", "w", newline="") as file:
             csv.writer(file).writerows([columns, *self.rows])
         os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
-        score = float(np.mean([t.rewards.sum() for t in episodes]))
-        if score > self.best_return:
-            self.best_return = score
+        returns = np.array([t.rewards.sum() for t in episodes])
+        score, luck = float(returns.mean()), returns.std() / len(returns) ** 0.5
+        best_before, self.best_return = self.best_return, max(self.best_return, score)
+        if score >= best_before - luck:  # a later iterate saw more: a standard error is forgiven
             self.save(run_dir / "best.pt")
         expert = np.mean([row[5] for row in self.rows if row[3] == "expert"])
         return {"eval/episode_reward": score, "eval/expert_reward": expert}
@@ -534,7 +532,7 @@ class AggreVateDAgent:
         steps = sum(len(t.rewards) for t in trajectories)
         self.label(trajectories)
         state, q_expert = (self.experience[k][-steps:] for k in ("state", "q_expert"))
-        if n == 1 and not c.init_path:  # standardise inputs by the first states
+        if n == 1 and not c.init_path:  # standardise inputs, once: later it would change pi
             self.policy.state_mean.copy_(state.mean(dim=0))
             self.policy.state_std.copy_(state.std(dim=0, correction=0).clamp(min=1e-3))
         with torch.no_grad():
@@ -552,15 +550,15 @@ class AggreVateDAgent:
         }
 
     def train(self, run_dir: Path) -> None:
-        """Algorithm 1.  Iteration 0 only evaluates the expert and the untrained learner."""
+        """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
         writer = SummaryWriter(run_dir, purge_step=first)
-        if first == 0:
+        if first == 1:
             chart = ["Multiline", ["eval/episode_reward", "eval/expert_reward"]]
             writer.add_custom_scalars({"evaluation": {"learner and expert": chart}})
             writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in asdict(c).items()))
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
-            scalars = self.iterate(n) if n > 0 else {}
+            scalars = self.iterate(n)
             self.iteration = n
             if n % c.eval_every == 0 or n == c.max_iteration:
                 scalars |= self.validate(run_dir)
@@ -573,11 +571,11 @@ class AggreVateDAgent:
             self.save(run_dir / "last.pt")
         writer.close()
 
-    COUNTERS = "iteration", "env_steps", "seconds", "best_return", "rows"
+    SAVED = "iteration", "env_steps", "seconds", "best_return", "rows"
 
     def save(self, path: Path) -> None:
         """Write a checkpoint under a temporary name, then rename it: a kill leaves the last one."""
-        state = {name: getattr(self, name) for name in self.COUNTERS}
+        state = {name: getattr(self, name) for name in self.SAVED}
         state |= dict(config=asdict(self.config), policy=self.policy.state_dict())
         if path.name == "last.pt":  # what resuming needs and evaluating does not
             state |= dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
@@ -591,7 +589,7 @@ class AggreVateDAgent:
             if not policy_only:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
-                self.__dict__ |= {name: state[name] for name in self.COUNTERS}
+                self.__dict__ |= {name: state[name] for name in self.SAVED}
 
 
 # == 7. Files and pictures =======================================================================
@@ -614,17 +612,18 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def film(agent: AggreVateDAgent, path: Path) -> None:
-    """The first validation episode as a GIF, every fourth frame; no picture is no error."""
+    """The first validation episode as a GIF, every fourth step; no picture is no error."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     warnings.simplefilter("ignore")  # of a missing display; what matters is said below
     (episode,), frames = agent.evaluate(n_episodes=1), []
     try:
         env = make_env(agent.config.env_name, render_mode="rgb_array")
         env.reset(seed=int(np.random.default_rng((VALIDATION, 0)).integers(2**31)))
-        for action in episode.actions:
-            frames.append(Image.fromarray(env.render()[::2, ::2]).quantize(32))
+        for t, action in enumerate(episode.actions):
+            if t % 4 == 0:
+                frames.append(Image.fromarray(env.render()[::2, ::2]).quantize(32))
             env.step(action)
-        frames[0].save(path, save_all=True, append_images=frames[4::4], duration=80, loop=0)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
     except Exception as error:  # no display, no OpenGL, an environment without pictures
         print(f"No {path.name}: {agent.config.env_name} cannot be drawn here ({error}).")
 
@@ -633,8 +632,9 @@ def film(agent: AggreVateDAgent, path: Path) -> None:
 def parse(argv=None) -> dict:
     """The options that were given; a wrong one ends in a sentence and exit status 2."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on from its last.pt")
-    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="score its best.pt")
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", type=Path, metavar="RUN", help="go on from its last.pt")
+    old.add_argument("--evaluate", type=Path, metavar="RUN", help="score its best.pt")
     for f in fields(Config):
         note = f"{f.metadata['note']} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=note)
@@ -658,7 +658,7 @@ def open_agent(resume: Path | None, evaluate: Path | None, overrides: dict) -> A
 
 
 def print_scores(agent: AggreVateDAgent) -> int:
-    """The learner beside the expert, by the mean action, on fresh episodes of the same terrains."""
+    """The learner beside the expert, by their mean actions, on the same fresh terrains."""
     played = (agent.evaluate(who, stream=TEST) for who in ("learner", "expert"))
     learner, expert = (np.array([t.rewards.sum() for t in episodes]) for episodes in played)
     for who, x in dict(learner=learner, expert=expert, difference=learner - expert).items():

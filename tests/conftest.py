@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import aggrevated
-from aggrevated import AggreVateDAgent, Config
 
 torch.set_num_threads(1)
 PENDULUM_EXPERT = ROOT / "rl-trained-agents/sac/Pendulum-v1_1/Pendulum-v1.zip"
@@ -80,7 +79,7 @@ def small(expert_zip):
 @pytest.fixture
 def make_agent(small):
     """make_agent(**changes): an agent without a run folder."""
-    return lambda **changes: AggreVateDAgent(Config(**small(**changes)).check())
+    return lambda **changes: aggrevated.open_agent(None, None, small(**changes))
 
 
 @pytest.fixture(scope="session")

@@ -119,10 +119,8 @@ def test_labels_are_what_expert_and_critics_say(labelled, gamma):
     np.testing.assert_array_equal(e["state"], states)
     np.testing.assert_array_equal(e["action"], actions)
     np.testing.assert_allclose(e["expert_action"], expert_action, atol=1e-6)
-    for name, action in (("q_expert", expert_action), ("q_action", actions)):
-        q = expert.q_star(torch.from_numpy(states), torch.from_numpy(action))
-        torch.testing.assert_close(e[name], q)
-    assert not torch.equal(e["q_expert"], e["q_action"])
+    q = expert.q_star(torch.from_numpy(states), torch.from_numpy(expert_action))
+    torch.testing.assert_close(e["q_expert"], q)
     to_go = [returns_to_go(t.rewards, gamma or expert.gamma) for t in agent.trajectories]
     np.testing.assert_allclose(e["to_go"][:, 0], np.concatenate(to_go), rtol=1e-5)
 
@@ -166,16 +164,15 @@ def test_targets_and_weights(labelled, algorithm):
         return torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         q_learner = q_star(e["state"], policy.predict(e["state"]))
+        q_action = q_star(e["state"], e["action"])
     expert_action, action = policy.inside(e["expert_action"]), policy.inside(e["action"])
     assert not torch.equal(expert_action, e["expert_action"])  # it acts at the bounds too
     expected_target, expected = {
-        "bc": (expert_action, torch.ones(80, 1)),
-        "dagger": (expert_action, torch.ones(80, 1)),
-        "aggrevate": (expert_action, gap_weights(e["q_expert"], e["q_action"], 2.0, 5.0)),
+        "aggrevate": (expert_action, gap_weights(e["q_expert"], q_action, 2.0, 5.0)),
         "aggrevated": (expert_action, gap_weights(e["q_expert"], q_learner, 2.0, 5.0)),
-        "minmax": (action, agent.normalize_q_star(e["q_action"])),
+        "minmax": (action, agent.normalize_q_star(q_action)),
         "reinforce": (e["action"], standardise(e["to_go"])),
-    }[algorithm]
+    }.get(algorithm, (expert_action, torch.ones(80, 1)))
     assert torch.equal(state, e["state"]) and torch.equal(target, expected_target)
     torch.testing.assert_close(weight, expected)
 
@@ -231,6 +228,7 @@ def test_learner_comes_near_the_expert_on_pendulum(make_agent, optimizer):
     expert, untrained, trained = (np.mean([t.rewards.sum() for t in x]) for x in played)
     assert trained > expert - 60 and trained > untrained + 600
     assert equal(critics, weights_of(agent.expert.critic))
+    assert bool(agent.optimizer.state) == (optimizer == "adam")  # natural steps leave it alone
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -273,7 +271,7 @@ def train(make_agent, tmp_path_factory):
 def test_evaluation_does_not_disturb_training(train, algorithm):
     often = train(algorithm=algorithm, eval_every=1, eval_episodes=3)
     seldom = train(algorithm=algorithm, eval_every=3, eval_episodes=1)
-    assert len(often.rows) == 3 * 5 and len(seldom.rows) == 3
+    assert len(often.rows) == 3 * 4 and len(seldom.rows) == 2
     assert equal(weights_of(often.policy), weights_of(seldom.policy))
     assert equal(often.experience, seldom.experience)
 
@@ -289,15 +287,18 @@ def test_a_run_is_a_function_of_its_seed(train):
     assert not torch.equal(first.policy.state_mean, other.policy.state_mean)
 
 
-def test_best_iterate_is_kept_when_the_learner_gets_worse(make_agent, tmp_path, monkeypatch):
-    agent, scores = make_agent(max_iteration=3), iter([-3.0, -1.0, -2.0, -1.5])
+@pytest.mark.parametrize("third, best_iteration", [(-1.4, 2), (-1.3, 3), (0.0, 3)])
+def test_best_iterate_is_the_last_within_a_standard_error(
+    make_agent, tmp_path, monkeypatch, third, best_iteration
+):
+    agent, scores = make_agent(max_iteration=3), iter([-3.0, -1.0, third])
 
     def evaluate(who="learner"):
         score = next(scores) if who == "learner" else 7.0
-        return [SimpleNamespace(rewards=np.array([score - 1, x])) for x in (0.5, 1.5)]
+        return [SimpleNamespace(rewards=np.array([score - 1, x])) for x in (0.5, 1.5)]  # +- 0.35
 
     monkeypatch.setattr(agent, "evaluate", evaluate)
     agent.train(tmp_path)
     best, last = (torch.load(tmp_path / f"{x}.pt", weights_only=True) for x in ("best", "last"))
-    assert best["iteration"] == 1 and last["iteration"] == 3
-    assert best["best_return"] == last["best_return"] == pytest.approx(-1)
+    assert best["iteration"] == best_iteration and last["iteration"] == 3
+    assert best["best_return"] == last["best_return"] == pytest.approx(max(third, -1))

@@ -30,7 +30,7 @@ def test_named_files_exist():
 
 
 def test_results_are_those_of_the_study():
-    """The page that draw.py writes from the logs has every row of the README's tables of results."""
+    """The page that draw.py writes from the logs has every row of the README's result tables."""
     study = (ROOT / "logs" / "reference" / "README.md").read_text().splitlines()
     rows = [line for line in README.splitlines() if line.startswith("|") and " × " in line]
     assert len(rows) >= 6 and set(rows) <= set(study)

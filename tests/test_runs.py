@@ -19,14 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import aggrevated
 from aggrevated import AggreVateDAgent, Config
 
-TAGS = {
-    "train/loss", "train/alpha", "train/q_gap", "eval/episode_reward", "eval/expert_reward",
-    "rollout/episode_reward", "time/env_steps", "time/seconds",
-}  # fmt: skip
+TAGS = {"train/loss", "train/alpha", "eval/episode_reward", "eval/expert_reward"}
 
 
 def events(run):
-    return EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return EventAccumulator(str(run)).Reload()
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     result, run = finished
     for text in ("Pendulum-v1", "seed 0", small()["expert_path"], f"--evaluate {run}\n"):
         assert text in result.out
-    assert result.out.count("iteration ") == 3 and "3/3" in result.err  # the bar
+    assert result.out.count("iteration ") == 2 and "2/2" in result.err  # the bar
     assert re.fullmatch(r"AggreVateD_Pendulum-v1_s0_\d{8}_\d{6}", run.name)
     names = {re.sub(r"^events\..*", "events", p.name) for p in run.iterdir()}
     assert names == {"config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif", "events"}
@@ -65,18 +62,17 @@ def test_table_has_a_row_per_episode(finished):
     rows = evaluations(finished[1])
     keys = "iteration", "env_steps", "policy", "episode"
     assert ["_".join(r[k] for k in keys) for r in rows] == [
-        "0_0_expert_0", "0_0_expert_1", "0_0_learner_0", "0_0_learner_1",
-        "1_80_learner_0", "1_80_learner_1", "2_160_learner_0", "2_160_learner_1",
+        "1_80_expert_0", "1_80_expert_1", "1_80_learner_0", "1_80_learner_1",
+        "2_160_learner_0", "2_160_learner_1",
     ]  # fmt: skip
     assert all(r["length"] == "200" and -2000 < float(r["return"]) < 0 for r in rows)
 
 
 def test_tensorboard_has_every_tag_and_the_chart_of_both(finished):
     log, rows = events(finished[1]), evaluations(finished[1])
-    assert set(log.Tags()["scalars"]) == TAGS
-    for tag in TAGS:
-        steps = [e.step for e in log.Scalars(tag)]
-        assert steps == ([0, 1, 2] if tag.startswith("eval/") else [1, 2]), tag
+    assert set(log.Tags()["scalars"]) > TAGS
+    for tag in log.Tags()["scalars"]:
+        assert [e.step for e in log.Scalars(tag)] == [1, 2], tag
     assert [e.value for e in log.Scalars("train/alpha")] == [1, 0.5]
     for tag, part in (("eval/episode_reward", rows[-2:]), ("eval/expert_reward", rows[:2])):
         mean = np.mean([float(r["return"]) for r in part])
@@ -88,11 +84,10 @@ def test_tensorboard_has_every_tag_and_the_chart_of_both(finished):
 def test_evaluate_prints_learner_expert_and_difference(finished, run_main, make_agent):
     before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
     result = run_main("--evaluate", finished[1], eval_episodes=3)
-    assert result.status == 0
+    assert result.status == 0 and result.out.count("\n") == 3
     assert before == {p.name: p.read_bytes() for p in finished[1].iterdir()}
     scores = re.findall(r"^(\w+) +(\S+) \+- (\S+) \(.*3 episodes\)$", result.out, re.MULTILINE)
     assert [who for who, *_ in scores] == ["learner", "expert", "difference"]
-    assert result.out.count("\n") == 3
     agent = make_agent()
     agent.policy.load_state_dict(checkpoint(finished[1] / "best.pt")["policy"])
     played = (agent.evaluate(who, 3, aggrevated.TEST) for who in ("learner", "expert"))
@@ -102,14 +97,13 @@ def test_evaluate_prints_learner_expert_and_difference(finished, run_main, make_
         assert float(error) == pytest.approx(values.std(ddof=1) / 3**0.5, abs=0.2)
 
 
-def test_start_from_another_runs_policy(finished, run_small):
+def test_start_from_another_runs_policy(finished, run_small, make_agent):
     best = finished[1] / "best.pt"
-    run = run_small("start", init_path=best, max_iteration=1)
+    assert equal(make_agent(init_path=best).policy.state_dict(), checkpoint(best)["policy"])
+    run = run_small("start", init_path=best, max_iteration=1, seed=1)
     start, end = checkpoint(best), checkpoint(run / "last.pt")
     kept = {k for k in end["policy"] if equal(start["policy"][k], end["policy"][k])}
     assert kept == {"state_mean", "state_std"}  # they go with the weights
-    rows = [r for r in evaluations(run) if r["policy"] == "learner" and r["iteration"] == "0"]
-    assert np.mean([float(r["return"]) for r in rows]) == pytest.approx(start["best_return"])
 
 
 def test_start_in_an_environment_of_other_bounds(finished, small, tmp_path):
@@ -192,13 +186,17 @@ def test_interrupted_evaluation_names_no_run_to_resume(finished, run_main, monke
 
 # -- the program itself, with two workers ----------------------------------------------------------
 def running(process):
-    """How many processes of its group have not ended."""
-    n = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    """/proc/*/status of the processes of its group that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended just now
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-            n += int(group) == process.pid and state != "Z"
-    return n
+            if os.getpgid(int(folder.name)) == process.pid:
+                found.append((folder / "status").read_text())
+    return [status for status in found if "State:\tZ" not in status]
+
+
+def ignores_ctrl_c(status):
+    return int(re.search(r"SigIgn:\s(\w+)", status)[1], 16) & 1 << signal.SIGINT - 1 > 0
 
 
 def wait_for(condition, seconds):
@@ -262,9 +260,8 @@ def test_script_runs_and_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(program, small, tmp_path):
     values = small(env_name="tiny_envs:Tiny-v0", n_workers=2, max_iteration=10**6, log_dir="logs")
     process = program(values)
-    wait_for(lambda: list(tmp_path.glob("logs/*/best.pt")), 120)
-    assert running(process) > 2
-    time.sleep(5)  # a worker that is still importing would print a traceback of its own
+    wait_for(lambda: sum(map(ignores_ctrl_c, running(process))) >= 2, 120)  # the workers
+    wait_for(lambda: list(tmp_path.glob("logs/*/best.pt")), 60)
     os.killpg(process.pid, signal.SIGINT)  # the workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
