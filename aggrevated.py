@@ -59,7 +59,7 @@ from tqdm import tqdm
 Normal.set_default_validate_args(False)  # `update` finds what is not finite
 # Every random stream is a pure function of (purpose, seed, counters): evaluating more often cannot
 # disturb training, and a resumed run needs no generator states.  No setting was chosen by TEST.
-ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 8
+ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 11
 
 
 class UserError(Exception):

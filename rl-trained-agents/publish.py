@@ -26,8 +26,7 @@ def merge(states: list[dict], env_name: str, zip_path: Path) -> None:
     """Save the mean of the weights, actor's and critics', in a fresh agent: no optimiser state."""
     mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
     units = [len(v) for k, v in mean.items() if k.startswith("actor.latent_pi.") and v.ndim > 1]
-    kwargs = dict(net_arch=units)
-    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=kwargs)
+    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs={"net_arch": units})
     model.policy.load_state_dict(mean)
     model.save(zip_path)
 
@@ -63,10 +62,10 @@ def audit(agent: AggreVateDAgent, episodes: list[tuple], fall_reward: float) -> 
     )  # fmt: skip
 
 
-def obstacle(env_name: str, i: int, actions: np.ndarray) -> str:
-    """What episode i of the score ended at: the obstacle within 4 steps of the hull, or grass."""
+def obstacle(env_name: str, stream: tuple, actions: np.ndarray) -> str:
+    """What the stream's episode ended at: the obstacle within 4 steps of the hull, or grass."""
     env, step, names = make_env(env_name), 14 / 30, {4: "pit", 1: "stairs"}  # terrain's unit
-    env.reset(seed=int(np.random.default_rng((SCORE, i)).integers(2**31)))
+    env.reset(seed=int(np.random.default_rng(stream).integers(2**31)))
     for action in actions:
         env.step(action)
     x, near = env.unwrapped.hull.position.x, [(4 * step, "grass")]
@@ -115,7 +114,7 @@ def main() -> None:
             standard_error=std / len(returns) ** 0.5,
             solved=np.mean(returns >= 300), at_least_250=np.mean(returns >= 250),
         ),
-        ended_at=Counter(obstacle(env_name, i, played[i].actions) for i in failed),
+        ended_at=Counter(obstacle(env_name, (SCORE, i), played[i].actions) for i in failed),
         q_audit=audit(agent, [(t, 0) for t in played], fall_reward),
         q_audit_learner=args.learner_episodes
         and audit(agent, play_after_a_learner(agent, args.learner_episodes), fall_reward),

@@ -15,6 +15,7 @@ import torch
 from conftest import checkpoint, make_sac
 from stable_baselines3 import SAC
 
+import aggrevated
 from aggrevated import AggreVateDAgent, SACExpert, make_env
 
 MOUNTAIN = "MountainCarContinuous-v0"
@@ -76,6 +77,15 @@ def test_option(refused, tmp_path, option, mend):
     (tmp_path / "file").touch()
     name, value = option.split("=")
     assert re.search(mend, refused(**{name: value}))
+
+
+def test_unknown_member_of_the_family():
+    with pytest.raises(aggrevated.UserError, match="'magic'; give one of bc, dagger"):
+        aggrevated.Config(algorithm="magic").check()
+
+
+def test_resume_or_evaluate(run, refused):
+    assert "not allowed with argument" in refused("--resume", run, "--evaluate", run)
 
 
 @pytest.mark.parametrize("option", ["K=3", "seed=1", "lr=0.1", "env_name=X", "log_dir=x"])

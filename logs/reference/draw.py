@@ -7,6 +7,7 @@ expert.  Needs matplotlib, which tests/requirements.txt installs.
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ NAMES = {
     "hopper": "Hopper-v5",
     "walker2d": "Walker2d-v5",
 }
+FALLS = "aggrevated", "dagger", "bc"
 ROWS = ROWS | {"imitation_dagger": ("hardcore", {}, 3)}
 
 
@@ -170,6 +172,44 @@ def ablation_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    """What tests/benchmark.py measured, by `--json logs/reference/benchmark.json`."""
+    path = HERE / "benchmark.json"
+    if not path.exists():
+        return "Not measured yet."
+    numbers = json.loads(path.read_text())
+    lines = [f"| on {numbers.pop('machine')} | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in numbers.items())])
+
+
+OBSTACLES = {
+    "stump_1": "stump, 1 step", "stump_2": "stump, 2 steps", "pit": "pit", "stairs": "stairs",
+    "grass": "open grass",
+}  # fmt: skip
+
+
+def falls_table() -> str:
+    """Episodes of Hardcore below 250, per 100, by what they ended at; "best" policies."""
+    lines = [
+        "| policy | " + " | ".join(OBSTACLES.values()) + " | all |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    tests = {"expert 1": [HERE / "expert_hardcore" / "test.csv"]}
+    tests |= {NAMES[r]: [run / "test.csv" for run in runs(r)] for r in scored(*FALLS)}
+    for name, paths in tests.items():
+        ends, episodes = [], 0
+        for path in paths:
+            with open(path, newline="") as file:
+                rows = [r for r in csv.DictReader(file) if r["policy"] != "last"]
+            episodes += len(rows)
+            ends += [r["ended_at"] for r in rows if float(r["return"]) < 250]
+        counts = [ends.count(end) for end in OBSTACLES] + [len(ends)]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * n / episodes:.1f}" for n in counts) + " |"
+        )
+    return "\n".join(lines)
+
+
 def task_table() -> str:
     """Other tasks, the same defaults."""
     lines = [HEAD.format("task", "its expert", "its expert")]
@@ -214,9 +254,9 @@ def draw_curves(name: str, title: str, task: str, rows: dict[str, str], sac: Pat
             continue
         steps, means = curve(row)
         label = f"{label} ({len(means)} seeds)" if len(means) > 1 else f"{label} (1 seed)"
-        (drawn,) = axes.plot(steps[1:], means.mean(axis=0)[1:], label=label, linewidth=1.6)
-        low, high = means.min(axis=0)[1:], means.max(axis=0)[1:]
-        axes.fill_between(steps[1:], low, high, alpha=0.2, color=drawn.get_color())
+        (drawn,) = axes.plot(steps, means.mean(axis=0), label=label, linewidth=1.6)
+        low, high = means.min(axis=0), means.max(axis=0)
+        axes.fill_between(steps, low, high, alpha=0.2, color=drawn.get_color())
     if task == "hardcore" and runs("imitation_dagger"):  # it has no validation episodes
         x, test = cost("imitation_dagger")[0], returns("imitation_dagger", "last").mean(axis=1)
         axes.plot([x] * len(test), test, "k+", label="DAgger of imitation (test episodes)")
@@ -260,7 +300,16 @@ def main() -> None:
     if (HERE / "why.csv").exists():
         draw_why()
     text = (HERE / "template.md").read_text()
-    for make in (hardcore_table, ablation_table, task_table, figure_2_table, sentences):
+    tables = (
+        hardcore_table,
+        falls_table,
+        speed_table,
+        ablation_table,
+        task_table,
+        figure_2_table,
+        sentences,
+    )
+    for make in tables:
         text = text.replace("{" + make.__name__ + "}", make())
     (HERE / "README.md").write_text(text)
 

@@ -20,15 +20,16 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "rl-trained-agents")]
 
 import aggrevated  # noqa: E402
+from publish import obstacle  # noqa: E402
 
 SAC = "rl-trained-agents/sac/{0}_{1}/{0}.zip"
 HARDCORE = "BipedalWalkerHardcore-v3"
 TASKS = {  # name: (options, test episodes)
-    "hardcore": ({}, 300),
-    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 300),
+    "hardcore": ({}, 500),
+    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500),
     "bipedal": (dict(env_name="BipedalWalker-v3"), 100),
     "pendulum": (dict(env_name="Pendulum-v1"), 100),
     "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100),
@@ -79,21 +80,26 @@ ROWS |= {
 
 
 def play(config: aggrevated.Config, who: str, episodes: int, weights=None) -> list[tuple]:
-    """(return, length) of the test episodes of "learner" or "expert", by the mean action."""
+    """A row of test.csv per test episode of "learner" or "expert", by the mean action."""
     config.n_workers, config.init_path = 1, ""
     agent = aggrevated.AggreVateDAgent(config)
     if weights is not None:
         agent.policy.load_state_dict(weights)
-    played = agent.evaluate(who, episodes, aggrevated.TEST)
-    return [(round(float(t.rewards.sum()), 3), len(t.rewards)) for t in played]
+    rows = []
+    for i, t in enumerate(agent.evaluate(who, episodes, aggrevated.TEST)):
+        score, stream = float(t.rewards.sum()), (aggrevated.TEST, i)
+        failed = config.env_name == HARDCORE and score < 250
+        end = obstacle(HARDCORE, stream, t.actions) if failed else ""
+        rows.append((i, round(score, 3), len(t.rewards), end))
+    return rows
 
 
 def write(path: Path, played: dict[str, list[tuple]]) -> None:
     """test.csv, a line per episode."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("policy", "episode", "return", "length"))
-        table.writerows((who, i, *x) for who in played for i, x in enumerate(played[who]))
+        table.writerow(("policy", "episode", "return", "length", "ended_at"))
+        table.writerows((who, *row) for who in played for row in played[who])
 
 
 def score_expert(task: str) -> None:
