@@ -59,7 +59,7 @@ from tqdm import tqdm
 Normal.set_default_validate_args(False)  # `update` finds what is not finite
 # Every random stream is a pure function of (purpose, seed, counters): evaluating more often cannot
 # disturb training, and a resumed run needs no generator states.  No setting was chosen by TEST.
-ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 11
+ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 13
 
 
 class UserError(Exception):
@@ -517,9 +517,9 @@ class AggreVateDAgent:
             csv.writer(file).writerows([columns, *self.rows])
         os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
         returns = np.array([t.rewards.sum() for t in episodes])
-        score, luck = float(returns.mean()), returns.std() / len(returns) ** 0.5
+        score, luck = float(returns.mean()), 2 * returns.std() / len(returns) ** 0.5
         best_before, self.best_return = self.best_return, max(self.best_return, score)
-        if score >= best_before - luck:  # a later iterate saw more: a standard error is forgiven
+        if score >= best_before - luck:  # a later iterate saw more: two errors are forgiven
             self.save(run_dir / "best.pt")
         expert = np.mean([row[5] for row in self.rows if row[3] == "expert"])
         return {"eval/episode_reward": score, "eval/expert_reward": expert}

@@ -16,9 +16,9 @@ from stable_baselines3 import SAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
+from train_sac import FALL, TORQUE
 
 SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
-FALL = -100.0  # the last reward of an episode that ended in a fall
 BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
 
 
@@ -41,14 +41,15 @@ def play_after_a_learner(agent: AggreVateDAgent, n: int) -> list[tuple]:
     return [(t, first) for t, first in zip(runs, firsts) if len(t.rewards) > first]
 
 
-def audit(agent: AggreVateDAgent, episodes: list[tuple], fall_reward: float) -> dict:
-    """Q*(s, a) against the discounted return that then came, a fall paid as the critics know it."""
+def audit(agent: AggreVateDAgent, episodes: list[tuple], settings: dict) -> dict:
+    """Q*(s, a) against the discounted return that then came, paid as the critics know it."""
     columns = []
     for t, first in episodes:
         q = agent.get_q_star(torch.from_numpy(t.states), torch.from_numpy(t.actions))[:, 0].numpy()
-        rewards, end, to_fall = t.rewards.astype(float), len(q), np.full(len(q), np.inf)
-        if rewards[-1] == FALL:
-            rewards[-1], to_fall = fall_reward, np.arange(end)[::-1]
+        torque = TORQUE * np.abs(t.actions).sum(axis=1) * (settings.get("torque_cost", 1) - 1)
+        rewards, end, to_fall = t.rewards - torque, len(q), np.full(len(q), np.inf)
+        if t.rewards[-1] == FALL:
+            rewards[-1], to_fall = settings["fall_reward"], np.arange(end)[::-1]
         elif end == agent.horizon:  # what the limit cuts off is taken from Q*, and weighs little
             rewards[-1], end = q[-1], max(end - 500, end // 4)
         g = returns_to_go(rewards, agent.expert.gamma)
@@ -103,7 +104,7 @@ def main() -> None:
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
     columns = dict(header="episode,return,length", comments="")
     np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **columns)
-    returns, fall_reward = rows[:, 1], settings["fall_reward"]
+    returns = rows[:, 1]
     failed = np.flatnonzero(returns < 250) if "Hardcore" in env_name else ()
     score = dict(
         env_name=env_name, run=run_dir.name, gamma=agent.expert.gamma,
@@ -115,9 +116,9 @@ def main() -> None:
             solved=np.mean(returns >= 300), at_least_250=np.mean(returns >= 250),
         ),
         ended_at=Counter(obstacle(env_name, (SCORE, i), played[i].actions) for i in failed),
-        q_audit=audit(agent, [(t, 0) for t in played], fall_reward),
+        q_audit=audit(agent, [(t, 0) for t in played], settings),
         q_audit_learner=args.learner_episodes
-        and audit(agent, play_after_a_learner(agent, args.learner_episodes), fall_reward),
+        and audit(agent, play_after_a_learner(agent, args.learner_episodes), settings),
         versions={p: version(p) for p in ("stable_baselines3", "torch", "gymnasium", "numpy")},
         settings=settings, sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
     )  # fmt: skip

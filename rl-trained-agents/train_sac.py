@@ -3,8 +3,8 @@
     python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, two to three hours
     python rl-trained-agents/train_sac.py --resume     go on where it was stopped
 
-SAC itself is SB3's.  Three things are added: a fall pays -10 instead of -100; part of every batch
-is drawn from the steps before falls; a checkpoint has the mean of the weights since the one before,
+SAC itself is SB3's.  Added: a fall pays -10 instead of -100, torque may cost more; a part of every
+batch is drawn from the steps before falls; a checkpoint has the mean of the weights since the last,
 so that `publish.py` can average any span.  Scores are the untouched environment's own returns.
 """
 
@@ -32,7 +32,7 @@ from stable_baselines3.common.logger import configure
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-FALL = -100.0  # what BipedalWalker pays for a fall, and for nothing else
+FALL, TORQUE = -100.0, 0.028  # BipedalWalker's pay for a fall, and price of a step's full torque
 COLUMNS = "updates env_steps minutes sampled_return average_return standard_error".split()
 
 
@@ -50,30 +50,30 @@ class Settings:
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 10_000  # environment steps of random actions
     fall_reward: float = -10.0  # paid for a fall; with -100 it long learns to stand still
+    torque_cost: float = 1.0  # times the environment's own; more: a gait that costs less
     failure_share: float = 0.4  # of each batch, drawn from the steps before falls
     failure_window: int = 120  # steps before a fall that count
     checkpoint_every: int = 25_000  # updates
 
 
-class FallReward(gym.Wrapper):
-    """Pays `fall_reward` where the environment pays -100, and says so in the info as `fell`."""
+class TrainingReward(gym.Wrapper):
+    """Pays `fall_reward` for a fall, told as `fell` in the info, and charges more for torque."""
 
-    def __init__(self, env: gym.Env, fall_reward: float):
+    def __init__(self, env: gym.Env, fall_reward: float, torque_cost: float):
         super().__init__(env)
-        self.fall_reward = fall_reward
+        self.fall_reward, self.extra = fall_reward, (torque_cost - 1) * TORQUE
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         if terminated and reward == FALL:
-            reward, info = self.fall_reward, info | {"fell": True}
-        return obs, reward, terminated, truncated, info
+            return obs, self.fall_reward, True, truncated, info | {"fell": True}
+        return obs, reward - self.extra * np.abs(action).sum(), terminated, truncated, info
 
 
 class FailureReplayBuffer(NStepReplayBuffer):
     """SB3's n-step buffer, but a share of each batch is drawn from the steps before falls.
 
-    Uniform draws hardly ever show the rare falls that are left.  The steps that count, the last
-    `failure_window` of every episode that ended in a fall, are equally likely.
+    Equally likely are the last `failure_window` steps of all episodes that ended in a fall.
     """
 
     def __init__(self, *args, failure_share: float, failure_window: int, **kwargs):
@@ -113,8 +113,7 @@ class FailureReplayBuffer(NStepReplayBuffer):
         return self.gather(rows, columns)
 
     def gather(self, rows, columns):
-        """SB3's n-step transitions from these places, whose environments it would draw anew."""
-        with mock.patch("numpy.random.randint", return_value=columns):
+        with mock.patch("numpy.random.randint", return_value=columns):  # SB3 draws these anew
             return self._get_samples(rows)
 
 
@@ -147,8 +146,7 @@ class Checkpoints(BaseCallback):
         """Write {updates}.pt, then evaluations.csv anew, then the resume point."""
         policy, updates = self.model.policy, self.model._n_updates
         last = copy.deepcopy(policy.state_dict())
-        with torch.no_grad():
-            vector_to_parameters((self.sums / self.n_sums).float(), policy.parameters())
+        vector_to_parameters((self.sums / self.n_sums).float(), policy.parameters())
         average, self.sums, self.n_sums = copy.deepcopy(policy.state_dict()), 0, 0
         self.env.seed(10_000)  # the same terrains at every evaluation
         returns, _ = evaluate_policy(policy, self.env, 32, return_episode_rewards=True)
@@ -167,9 +165,9 @@ class Checkpoints(BaseCallback):
 
 
 def build(env_name: str, s: Settings, seed: int) -> SAC:
-    """A fresh agent on its environments; the Monitor below FallReward records true returns."""
-    fall = dict(fall_reward=s.fall_reward)
-    env = make_vec_env(env_name, s.n_envs, seed, wrapper_class=FallReward, wrapper_kwargs=fall)
+    """A fresh agent on its environments; the Monitor below TrainingReward records true returns."""
+    pays = dict(fall_reward=s.fall_reward, torque_cost=s.torque_cost)
+    env = make_vec_env(env_name, s.n_envs, seed, wrapper_class=TrainingReward, wrapper_kwargs=pays)
     buffer = {k: getattr(s, k) for k in ("n_steps", "failure_share", "failure_window")}
     return SAC(
         "MlpPolicy", env, s.learning_rate, s.buffer_size, s.learning_starts, s.batch_size,
@@ -190,8 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    name = f"runs/{args.env_name}_s{args.seed}"
-    run_dir = args.run_dir or Path(__file__).resolve().parent / name
+    run_dir = args.run_dir or Path(__file__).with_name("runs") / f"{args.env_name}_s{args.seed}"
     run_dir.mkdir(parents=True, exist_ok=args.resume)
     saved = json.loads((run_dir / "settings.json").read_text()) if args.resume else {}
     given = {k: v for k, v in vars(args).items() if hasattr(Settings, k) and v is not None}
@@ -203,6 +200,8 @@ def main() -> None:
         model.set_random_seed(args.seed + model._n_updates)  # not the first terrains again
         model.replay_buffer, rows = state["buffer"], state["rows"]
         model.replay_buffer.cut_episodes()
+        extra = (settings.torque_cost - saved.get("torque_cost", 1.0)) * TORQUE
+        model.replay_buffer.rewards -= extra * np.abs(model.replay_buffer.actions).sum(axis=2)
     (run_dir / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     model.set_logger(configure(str(run_dir), ["tensorboard"]))
     callback = Checkpoints(args.env_name, settings, run_dir, rows)

@@ -188,7 +188,7 @@ def main() -> None:
     RESULTS["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     measure_program([f"--{k}={v}" for k, v in tiny.items()] + ["--max_iteration=2"] * args.quick)
     for n_workers in (1, 2):
-        measure_roll_in(n_workers, tiny, 2 if args.quick else 7)
+        measure_roll_in(n_workers, tiny, 2 if args.quick else 5)
     few, repeats = (tiny | dict(train_repeat=2), 1) if args.quick else ({}, 3)
     for work in (dict(K=20, train_repeat=50), dict(K=4, train_repeat=10)):
         measure_first_script(few, repeats, **work)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import pickle
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -117,11 +119,28 @@ def test_cut_episodes_is_a_time_limit(n_rows, cut_at, kind, monkeypatch):
     assert_uniform(draws(ours)[:, 300:], before_falls(log))
 
 
-def test_only_a_fall_pays_the_fall_reward():
+@pytest.mark.parametrize("cost, extra", [(1.0, 0.0), (3.0, 2 * 0.028 * 1.5)])
+def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque(cost, extra):
     ends = [(-100, False, False), (-100, False, True), (-99, True, False), (-100, True, False)]
-    inner = SimpleNamespace(step=lambda end: (None, *end, {}))
-    paid = [train_sac.FallReward.step(SimpleNamespace(env=inner, fall_reward=-10), x) for x in ends]
-    assert [(x[1], len(x[4])) for x in paid] == [(-100, 0), (-100, 0), (-99, 0), (-10, 1)]
+    env, paid = train_sac.TrainingReward(gym.make("Pendulum-v1"), -10, cost), []
+    for end in ends:
+        env.env = SimpleNamespace(step=lambda action, end=end: (None, *end, {}))
+        paid.append(env.step(np.array([-1.0, 0.5])))
+    expected = [(-100 - extra, 0), (-100 - extra, 0), (-99 - extra, 0), (-10, 1)]
+    assert [(x[1], len(x[4])) for x in paid] == [(pytest.approx(r), n) for r, n in expected]
+
+
+def test_torque_costs_what_the_environment_charges():
+    envs = [aggrevated.make_env("BipedalWalker-v3") for _ in range(2)]
+    paid = train_sac.TrainingReward(envs[1], -10, 3.0)
+    for env in (envs[0], paid):
+        env.reset(seed=0)
+    action = np.array([0.5, -1.0, 0.2, 0.0], dtype=np.float32)
+    world = envs[0].unwrapped
+    shaping = world.prev_shaping
+    plain, dear = envs[0].step(action)[1], paid.step(action)[1]
+    charged = world.prev_shaping - shaping - plain  # what is left is the torque's price
+    assert plain - dear == pytest.approx(2 * charged, rel=1e-4) and charged > 0
 
 
 def test_the_monitor_records_the_true_return():
@@ -189,6 +208,18 @@ def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
     log = np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True)
     assert log["updates"].tolist() == list(range(20, updates + 1, 20))
     assert set(np.diff(log["env_steps"])) <= {20, 21} and (np.diff(log["minutes"]) >= 0).all()
+
+
+def test_resuming_with_dearer_torque_prices_what_is_stored(runs, tmp_path, monkeypatch):
+    folder, seen = shutil.copytree(runs[20][0], tmp_path / "run"), []
+    stored = pickle.loads((folder / "resume.pkl").read_bytes())["buffer"]
+    monkeypatch.setattr(SAC, "learn", lambda model, *_, **__: seen.append(model.replay_buffer))
+    options = f"--run_dir={folder}", "--resume", "--torque_cost=3"
+    monkeypatch.setattr(sys, "argv", ["", "--env_name=Pendulum-v1", *options])
+    train_sac.main()
+    price = 2 * 0.028 * np.abs(stored.actions).sum(axis=2)
+    np.testing.assert_allclose(seen[0].rewards, stored.rewards - price, rtol=1e-6)
+    assert price.max() > 0.01
 
 
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ ENV, HERE = "BipedalWalkerHardcore-v3", Path(__file__).resolve().parent
 PACKAGES = "imitation stable-baselines3 gymnasium box2d torch numpy pyarrow datasets".split()
 OPTIONS = dict(
     seed=0, steps=150_000, expert=f"rl-trained-agents/sac/{ENV}_1/{ENV}.zip",
-    out="", stream=11, test_episodes=500,  # folder of the run; terrains of the test
+    out="", stream=13, test_episodes=500,  # folder of the run; terrains of the test
     round_steps=10_000, n_batches=400, batch_size=512,  # of a round; every batch is an update
     beta_rounds=4, ent_weight=0.0, l2_weight=0.0, log_std_init=-1.0,  # rounds until beta is 0
     lr=8e-3, final_lr=1e-4,  # Adam's step size in the first round and in the last, linear between
