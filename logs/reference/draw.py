@@ -81,7 +81,8 @@ def curve(row: str) -> tuple[np.ndarray, np.ndarray]:
         groups = {int(steps): x for (policy, steps), x in groups.items() if policy == "learner"}
         steps.append(list(groups))
         means.append([np.mean(x) for x in groups.values()])
-    return np.mean(steps, axis=0), np.array(means)
+    n = min(map(len, steps))  # some runs were evaluated after their first iteration too
+    return np.mean([x[-n:] for x in steps], axis=0), np.array([x[-n:] for x in means])
 
 
 def cost(row: str) -> tuple[float, float]:
@@ -180,6 +181,29 @@ def speed_table() -> str:
     numbers = json.loads(path.read_text())
     lines = [f"| on {numbers.pop('machine')} | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in numbers.items())])
+
+
+def why() -> str:
+    """The gap before falls beside its usual size, in a sentence."""
+    log = np.genfromtxt(HERE / "why.csv", delimiter=",", names=True)
+    usual, before = log[0], log[(log["steps_before_fall"] > 20) & (log["steps_before_fall"] <= 60)]
+    return (
+        f"20 to 60 steps before a fall the gap of a cloned learner is {before['gap'].mean():.2f}, "
+        f"on average over\nepisodes that end well it is {usual['gap']:.3f}."
+    )
+
+
+def hopper_table() -> str:
+    """Returns of Hopper's expert with a share of its own noise."""
+    lines = ["| share of its noise | mean return | whole episodes | median length |"]
+    lines.append("|---|---|---|---|")
+    with open(HERE / "hopper_noise.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            x = {k: float(v) for k, v in row.items()}
+            score = f"{x['mean_return']:.0f} ± {x['standard_error']:.0f}"
+            ends = f"{x['whole_episodes']:.0%} | {x['median_length']:.0f}"
+            lines.append(f"| {x['noise']} | {score} | {ends} |")
+    return "\n".join(lines)
 
 
 OBSTACLES = {
@@ -287,7 +311,7 @@ def draw_why() -> None:
 def main() -> None:
     if runs("aggrevated"):
         rows = {
-            "aggrevated": "AggreVaTeD", "dagger": "DAgger", "bc": "behaviour cloning",
+            "aggrevated": "AggreVaTeD", "dagger": "DAgger",
             "natural": "the paper's gradient",
         }  # fmt: skip
         sac = AGENTS / "BipedalWalkerHardcore-v3_1" / "evaluations.csv"
@@ -303,6 +327,8 @@ def main() -> None:
     tables = (
         hardcore_table,
         falls_table,
+        hopper_table,
+        why,
         speed_table,
         ablation_table,
         task_table,
