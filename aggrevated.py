@@ -191,6 +191,11 @@ class PolicyNetwork(nn.Module):
 
 
 # == 3. The expert: a SAC agent whose twin critics are Q* ========================================
+def sizes(weights: dict, prefix: str) -> list[int]:
+    """Output sizes of the linear layers under a prefix, in order."""
+    return [len(w) for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
+
+
 class SACExpert:
     """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
 
@@ -206,10 +211,7 @@ class SACExpert:
                 data = json.loads(archive.read("data"))
             kwargs = data.get("policy_kwargs") or {}
             activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
-            pi, qf = (  # output sizes of the linear layers, in order
-                [len(w) for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
-                for prefix in ("actor.latent_pi.", "critic.qf0.")
-            )
+            pi, qf = (sizes(weights, prefix) for prefix in ("actor.latent_pi.", "critic.qf0."))
             policy = SACPolicy(
                 observation_space, action_space, lr_schedule=lambda _: 0.0,
                 net_arch=dict(pi=pi, qf=qf[:-1]),
@@ -305,7 +307,7 @@ def work(players: bytes, *job) -> list[Trajectory]:
 def start_worker() -> None:
     """What a worker does first; it ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the parent's handler
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -356,10 +358,7 @@ def conjugate_gradient(product, b, iterations=10) -> torch.Tensor:
 
 
 def natural_step(policy, loss_of, state, kl_step: float):
-    """Step along -I(theta)^-1 grad (section 5.2) to a KL of kl_step; the loss before it.
-
-    Halved until the KL is right and the loss falls; after ten halvings no step at all.
-    """
+    """Step along -I(theta)^-1 grad (section 5.2) to a KL of kl_step; the loss before it."""
     parameters, loss, grad = list(policy.parameters()), loss_of(), torch.autograd.grad
     gradient, new = parameters_to_vector(grad(loss, parameters)), policy(state[:10_000])
     kl = mean_kl([x.detach() for x in new], new)  # its Hessian at theta itself is I(theta)
@@ -372,7 +371,7 @@ def natural_step(policy, loss_of, state, kl_step: float):
     step *= (2 * kl_step / (step @ product(step)).clamp(min=1e-12)).sqrt()
     with torch.no_grad():
         old, start = policy(state), parameters_to_vector(parameters)
-        for halving in range(10):
+        for halving in range(10):  # until the KL is right and the loss falls, or no step at all
             vector_to_parameters(start + 0.5**halving * step, parameters)
             if mean_kl(old, policy(state)) <= 1.5 * kl_step and loss_of() < loss:
                 break

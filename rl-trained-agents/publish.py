@@ -15,7 +15,7 @@ import torch
 from stable_baselines3 import SAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go
+from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go, sizes
 from train_sac import FALL, TORQUE
 
 SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
@@ -25,8 +25,8 @@ BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps;
 def merge(states: list[dict], env_name: str, zip_path: Path) -> None:
     """Save the mean of the weights, actor's and critics', in a fresh agent: no optimiser state."""
     mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
-    units = [len(v) for k, v in mean.items() if k.startswith("actor.latent_pi.") and v.ndim > 1]
-    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs={"net_arch": units})
+    kwargs = dict(net_arch=sizes(mean, "actor.latent_pi."))
+    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=kwargs)
     model.policy.load_state_dict(mean)
     model.save(zip_path)
 

@@ -165,14 +165,17 @@ def test_targets_and_weights(labelled, algorithm):
     with torch.no_grad():
         q_learner = q_star(e["state"], policy.predict(e["state"]))
         q_action = q_star(e["state"], e["action"])
+    assert not torch.equal(e["q_expert"], q_action)
     expert_action, action = policy.inside(e["expert_action"]), policy.inside(e["action"])
     assert not torch.equal(expert_action, e["expert_action"])  # it acts at the bounds too
     expected_target, expected = {
+        "bc": (expert_action, torch.ones(80, 1)),
+        "dagger": (expert_action, torch.ones(80, 1)),
         "aggrevate": (expert_action, gap_weights(e["q_expert"], q_action, 2.0, 5.0)),
         "aggrevated": (expert_action, gap_weights(e["q_expert"], q_learner, 2.0, 5.0)),
         "minmax": (action, agent.normalize_q_star(q_action)),
         "reinforce": (e["action"], standardise(e["to_go"])),
-    }.get(algorithm, (expert_action, torch.ones(80, 1)))
+    }[algorithm]
     assert torch.equal(state, e["state"]) and torch.equal(target, expected_target)
     torch.testing.assert_close(weight, expected)
 

@@ -59,6 +59,7 @@ def run(finished, tmp_path):
     [
         ("algorithm=magic", "invalid choice: 'magic' .*aggrevated"),
         ("K=many", "--K: invalid int value: 'many'"),
+        ("lr=fast", "--lr: invalid float value: 'fast'"),
         ("no_such=1", "unrecognized arguments: --no_such=1"),
         ("K=0", "K is 0; give 1 to inf"),
         ("n_workers=65", "n_workers is 65; give 1 to 64"),
@@ -91,9 +92,8 @@ def test_resume_or_evaluate(run, refused):
 @pytest.mark.parametrize("option", ["K=3", "seed=1", "lr=0.1", "env_name=X", "log_dir=x"])
 def test_option_that_cannot_change_on_resume(finished, refused, option):
     sentence = refused("--resume", finished[1], f"--{option}")
-    assert (
-        f"--{option.split('=')[0]} cannot change on --resume; start a new run with it" in sentence
-    )
+    name = option.split("=")[0]
+    assert f"--{name} cannot change on --resume; start a new run with it" in sentence
 
 
 class Bomb:

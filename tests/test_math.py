@@ -192,9 +192,13 @@ def test_q_star_is_normalised_to_0_1_and_advantages_to_mean_0_and_deviation_1():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_returns_to_go_are_discounted_sums(gamma):
-    rewards = np.random.default_rng(0).integers(-9, 10, 30)  # of any type
+    rewards = np.random.default_rng(0).normal(size=30)
     expected = [sum(gamma ** (k - t) * rewards[k] for k in range(t, 30)) for t in range(30)]
     np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
+
+
+def test_returns_to_go_of_whole_rewards():
+    np.testing.assert_allclose(returns_to_go(np.array([1, 1, 1]), 0.5), [1.75, 1.5, 1])
 
 
 def test_mean_kl_is_that_of_diagonal_gaussians():

@@ -38,7 +38,6 @@ NAMES = {
     "hopper": "Hopper-v5",
     "walker2d": "Walker2d-v5",
 }
-FALLS = "aggrevated", "dagger", "bc"
 ROWS = ROWS | {"imitation_dagger": ("hardcore", {}, 3)}
 
 
@@ -219,7 +218,10 @@ def falls_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     tests = {"expert 1": [HERE / "expert_hardcore" / "test.csv"]}
-    tests |= {NAMES[r]: [run / "test.csv" for run in runs(r)] for r in scored(*FALLS)}
+    tests |= {
+        NAMES[r]: [run / "test.csv" for run in runs(r)]
+        for r in scored("aggrevated", "dagger", "bc")
+    }
     for name, paths in tests.items():
         ends, episodes = [], 0
         for path in paths:
@@ -310,10 +312,7 @@ def draw_why() -> None:
 
 def main() -> None:
     if runs("aggrevated"):
-        rows = {
-            "aggrevated": "AggreVaTeD", "dagger": "DAgger",
-            "natural": "the paper's gradient",
-        }  # fmt: skip
+        rows = dict(aggrevated="AggreVaTeD", dagger="DAgger", natural="the paper's gradient")
         sac = AGENTS / "BipedalWalkerHardcore-v3_1" / "evaluations.csv"
         draw_curves("learning_curve.png", "BipedalWalkerHardcore-v3", "hardcore", rows, sac)
     for task in scored("hopper", "walker2d"):
