@@ -559,7 +559,7 @@ class AggreVateDAgent:
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             scalars = self.iterate(n)
             self.iteration = n
-            if n == 1 or n % c.eval_every == 0 or n == c.max_iteration:
+            if n % c.eval_every == 0 or n == c.max_iteration:
                 scalars |= self.validate(run_dir)
                 scores = "learner {eval/episode_reward:7.1f}  expert {eval/expert_reward:7.1f}"
                 now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:6.0f} s  "

@@ -5,8 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections import Counter
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +15,7 @@ from stable_baselines3 import SAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggrevated import AggreVateDAgent, Config, make_env, returns_to_go, sizes
-from train_sac import FALL, TORQUE
+from train_sac import FALL, Settings, reprice
 
 SCORE = 9  # the random stream of the scores, which neither training nor any validation uses
 BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
@@ -41,16 +40,16 @@ def play_after_a_learner(agent: AggreVateDAgent, n: int) -> list[tuple]:
     return [(t, first) for t, first in zip(runs, firsts) if len(t.rewards) > first]
 
 
-def audit(agent: AggreVateDAgent, episodes: list[tuple], settings: dict) -> dict:
+def audit(agent: AggreVateDAgent, episodes: list[tuple], prices: tuple) -> dict:
     """Q*(s, a) against the discounted return that then came, paid as the critics know it."""
     columns = []
     for t, first in episodes:
         q = agent.get_q_star(torch.from_numpy(t.states), torch.from_numpy(t.actions))[:, 0].numpy()
-        torque = TORQUE * np.abs(t.actions).sum(axis=1) * (settings.get("torque_cost", 1) - 1)
-        rewards, end, to_fall = t.rewards - torque, len(q), np.full(len(q), np.inf)
-        if t.rewards[-1] == FALL:
-            rewards[-1], to_fall = settings["fall_reward"], np.arange(end)[::-1]
-        elif end == agent.horizon:  # what the limit cuts off is taken from Q*, and weighs little
+        rewards, end = reprice(t.rewards, t.actions, *prices), len(q)
+        to_fall = np.arange(end)[::-1] if t.rewards[-1] == FALL else np.full(end, np.inf)
+        if (
+            t.rewards[-1] != FALL and end == agent.horizon
+        ):  # what the limit cuts off is taken from Q*, and weighs little
             rewards[-1], end = q[-1], max(end - 500, end // 4)
         g = returns_to_go(rewards, agent.expert.gamma)
         columns.append(np.stack([q, g, to_fall])[:, first:end])
@@ -61,22 +60,6 @@ def audit(agent: AggreVateDAgent, episodes: list[tuple], settings: dict) -> dict
         steps=len(q), mean_q=q.mean(), mean_return=g.mean(), bias=(q - g).mean(),
         correlation=np.corrcoef(q, g)[0, 1], falls=int(sum(to_fall == 0)), before_fall=table,
     )  # fmt: skip
-
-
-def obstacle(env_name: str, stream: tuple, actions: np.ndarray) -> str:
-    """What the stream's episode ended at: the obstacle within 4 steps of the hull, or grass."""
-    env, step, names = make_env(env_name), 14 / 30, {4: "pit", 1: "stairs"}  # terrain's unit
-    env.reset(seed=int(np.random.default_rng(stream).integers(2**31)))
-    for action in actions:
-        env.step(action)
-    x, near = env.unwrapped.hull.position.x, [(4 * step, "grass")]
-    for corners in (np.array(body.fixtures[0].shape.vertices) for body in env.unwrapped.terrain):
-        (left, low), (right, high) = corners.min(axis=0), corners.max(axis=0)
-        width, height = round((right - left) / step), round((high - low) / step)
-        if len(corners) == 4:  # an obstacle, known by its size in steps; the ground is edges
-            name = f"stump_{height}" if width == height else names[height]
-            near.append((max(left - x, x - right, 0.0), name))
-    return min(near)[1]
 
 
 def main() -> None:
@@ -93,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     run_dir = args.run_dir.resolve()
     env_name = run_dir.name.rsplit("_s", 1)[0]
-    settings = json.loads((run_dir / "settings.json").read_text())
+    settings = Settings(**json.loads((run_dir / "settings.json").read_text()))
     paths = [p for p in sorted(run_dir.glob("*.pt")) if args.first <= int(p.stem) <= args.last]
     checkpoints, at = [torch.load(p) for p in paths], [int(p.stem) for p in paths]
     zip_path = args.out / f"{env_name}_{args.n}" / f"{env_name}.zip"
@@ -102,10 +85,9 @@ def main() -> None:
     agent = AggreVateDAgent(Config(env_name, str(zip_path), n_workers=1, device="cpu"))
     played = agent.evaluate("expert", args.episodes, SCORE)
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
-    columns = dict(header="episode,return,length", comments="")
-    np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **columns)
-    returns = rows[:, 1]
-    failed = np.flatnonzero(returns < 250) if "Hardcore" in env_name else ()
+    header = dict(header="episode,return,length", comments="")
+    np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **header)
+    returns, prices = rows[:, 1], settings.prices(at[-1])
     score = dict(
         env_name=env_name, run=run_dir.name, gamma=agent.expert.gamma,
         checkpoints=dict(first=at[0], last=at[-1], number=len(at)),
@@ -115,12 +97,10 @@ def main() -> None:
             standard_error=std / len(returns) ** 0.5,
             solved=np.mean(returns >= 300), at_least_250=np.mean(returns >= 250),
         ),
-        ended_at=Counter(obstacle(env_name, (SCORE, i), played[i].actions) for i in failed),
-        q_audit=audit(agent, [(t, 0) for t in played], settings),
+        q_audit=audit(agent, [(t, 0) for t in played], prices), prices=prices,
         q_audit_learner=args.learner_episodes
-        and audit(agent, play_after_a_learner(agent, args.learner_episodes), settings),
-        versions={p: version(p) for p in ("stable_baselines3", "torch", "gymnasium", "numpy")},
-        settings=settings, sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
+        and audit(agent, play_after_a_learner(agent, args.learner_episodes), prices),
+        settings=asdict(settings), sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
     )  # fmt: skip
     (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
     if args.logs:

@@ -3,9 +3,9 @@
     python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, two to three hours
     python rl-trained-agents/train_sac.py --resume     go on where it was stopped
 
-SAC itself is SB3's.  Added: a fall pays -10 instead of -100, torque may cost more; a part of every
-batch is drawn from the steps before falls; a checkpoint has the mean of the weights since the last,
-so that `publish.py` can average any span.  Scores are the untouched environment's own returns.
+SAC itself is SB3's.  Added: part of every batch is drawn from the steps before falls; a fall costs
+less, torque later more; a checkpoint has the mean of the weights since the last, so that
+`publish.py` can average any span.  Scores are the untouched environment's own returns.
 """
 
 import argparse
@@ -50,28 +50,46 @@ class Settings:
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 10_000  # environment steps of random actions
     fall_reward: float = -10.0  # paid for a fall; with -100 it long learns to stand still
-    torque_cost: float = 1.0  # times the environment's own; more: a gait that costs less
+    late_updates: int = 250_000  # the walk is learned; from then on ...
+    late_fall_reward: float = -40.0  # ... what a fall pays ...
+    late_torque_cost: float = 4.0  # ... times what the environment charges for torque ...
+    late_retries: int = 3  # ... and how often a terrain is tried again after a fall
     failure_share: float = 0.4  # of each batch, drawn from the steps before falls
     failure_window: int = 120  # steps before a fall that count
     checkpoint_every: int = 25_000  # updates
 
+    def prices(self, updates: int) -> tuple[float, float]:
+        """What a fall pays, and times what torque costs, after so many updates."""
+        late = self.late_fall_reward, self.late_torque_cost
+        return late if updates >= self.late_updates else (self.fall_reward, 1.0)
 
-class TrainingReward(gym.Wrapper):
-    """Pays `fall_reward` for a fall, told as `fell` in the info, and charges more for torque."""
 
-    def __init__(self, env: gym.Env, fall_reward: float, torque_cost: float):
-        super().__init__(env)
-        self.fall_reward, self.extra = fall_reward, (torque_cost - 1) * TORQUE
+class Retry(gym.Wrapper):
+    """Plays a terrain again `retries` times after a fall, between as many fresh terrains."""
+
+    retries, failed = 0, []
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = np.random.default_rng(seed) if seed is not None else self.rng
+        again = self.failed and self.rng.random() < 0.5
+        self.terrain = self.failed.pop(0) if again else int(self.rng.integers(2**31))
+        return self.env.reset(seed=self.terrain, options=options)
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if terminated and reward == FALL:
-            return obs, self.fall_reward, True, truncated, info | {"fell": True}
-        return obs, reward - self.extra * np.abs(action).sum(), terminated, truncated, info
+        result = self.env.step(action)
+        if result[1] == FALL:
+            self.failed = (self.failed + [self.terrain] * self.retries)[-50:]
+        return result
+
+
+def reprice(rewards, actions, fall_reward: float, torque_cost: float) -> np.ndarray:
+    """What the critics learn instead of the environment's rewards (...), for actions (..., A)."""
+    extra = (torque_cost - 1) * TORQUE * np.abs(actions).sum(axis=-1)
+    return np.where(rewards == FALL, fall_reward, rewards - extra).astype(np.float32)
 
 
 class FailureReplayBuffer(NStepReplayBuffer):
-    """SB3's n-step buffer, but a share of each batch is drawn from the steps before falls.
+    """SB3's n-step buffer, repriced; a share of each batch is drawn from the steps before falls.
 
     Equally likely are the last `failure_window` steps of all episodes that ended in a fall.
     """
@@ -79,14 +97,16 @@ class FailureReplayBuffer(NStepReplayBuffer):
     def __init__(self, *args, failure_share: float, failure_window: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.failure_share, self.failure_window = failure_share, failure_window
+        self.true_rewards, self.prices = np.zeros_like(self.rewards), (FALL, 1.0)
         self.added = 0  # rows ever written; row r lies at r % buffer_size
         self.age = np.zeros(self.n_envs, dtype=int)  # steps of each running episode
         self.falls = np.empty((0, 3), dtype=int)  # (row of the fall, environment, steps that count)
 
     def add(self, obs, next_obs, action, reward, done, infos) -> None:
-        super().add(obs, next_obs, action, reward, done, infos)
+        self.true_rewards[self.pos] = reward
+        super().add(obs, next_obs, action, reprice(reward, action, *self.prices), done, infos)
         self.age += 1
-        fell = np.flatnonzero([info.get("fell", False) for info in infos])
+        fell = np.flatnonzero(reward == FALL)
         count = self.age[fell].clip(max=self.failure_window)
         new = np.stack([np.full_like(fell, self.added), fell, count], axis=1)
         self.added += 1
@@ -94,6 +114,10 @@ class FailureReplayBuffer(NStepReplayBuffer):
         first_row = self.falls[:, 0] - self.falls[:, 2] + 1
         kept = self.falls[first_row >= self.added - self.buffer_size]  # not yet overwritten
         self.falls = np.concatenate([kept, new])
+
+    def set_prices(self, *prices: float) -> None:
+        """From now on, and for all that is stored: (fall_reward, torque_cost)."""
+        self.prices, self.rewards = prices, reprice(self.true_rewards, self.actions, *prices)
 
     def cut_episodes(self) -> None:
         """End the running episodes at the newest row, as a time limit does (for a resume)."""
@@ -127,20 +151,22 @@ class Checkpoints(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.started = time.monotonic() - (60 * self.rows[-1]["minutes"] if self.rows else 0)
-        done = dict(initial=self.model._n_updates, total=self.settings.updates)
-        self.bar = tqdm(**done, unit=" updates", mininterval=1, smoothing=0.01)
+        self.bar = tqdm(initial=self.model._n_updates, total=self.settings.updates, unit=" updates")
 
     def _on_step(self) -> bool:
         """Called before each round of updates; the weights are those after the round before."""
-        updates = self.model._n_updates
+        s, updates, buffer = self.settings, self.model._n_updates, self.model.replay_buffer
+        if buffer.prices != s.prices(updates):
+            buffer.set_prices(*s.prices(updates))
+        self.training_env.set_attr("retries", s.late_retries if updates >= s.late_updates else 0)
         if updates == self.bar.n:  # nothing was updated yet
             return True
         self.bar.update(updates - self.bar.n)
         weights = parameters_to_vector(self.model.policy.parameters()).detach().double()
         self.sums, self.n_sums = self.sums + weights, self.n_sums + 1
-        if updates % self.settings.checkpoint_every == 0:
+        if updates % s.checkpoint_every == 0:
             self.checkpoint()
-        return updates < self.settings.updates
+        return updates < s.updates
 
     def checkpoint(self) -> None:
         """Write {updates}.pt, then evaluations.csv anew, then the resume point."""
@@ -165,13 +191,12 @@ class Checkpoints(BaseCallback):
 
 
 def build(env_name: str, s: Settings, seed: int) -> SAC:
-    """A fresh agent on its environments; the Monitor below TrainingReward records true returns."""
-    pays = dict(fall_reward=s.fall_reward, torque_cost=s.torque_cost)
-    env = make_vec_env(env_name, s.n_envs, seed, wrapper_class=TrainingReward, wrapper_kwargs=pays)
+    """A fresh agent on its environments."""
     buffer = {k: getattr(s, k) for k in ("n_steps", "failure_share", "failure_window")}
     return SAC(
-        "MlpPolicy", env, s.learning_rate, s.buffer_size, s.learning_starts, s.batch_size,
-        gradient_steps=s.gradient_steps, seed=seed, device="cpu",
+        "MlpPolicy", make_vec_env(env_name, s.n_envs, seed, wrapper_class=Retry), s.learning_rate,
+        s.buffer_size, s.learning_starts, s.batch_size, gradient_steps=s.gradient_steps,
+        seed=seed, device="cpu",
         replay_buffer_class=FailureReplayBuffer, replay_buffer_kwargs=buffer,
         policy_kwargs=dict(net_arch=[s.units, s.units], optimizer_kwargs=dict(fused=True)),
     )  # fmt: skip
@@ -200,8 +225,6 @@ def main() -> None:
         model.set_random_seed(args.seed + model._n_updates)  # not the first terrains again
         model.replay_buffer, rows = state["buffer"], state["rows"]
         model.replay_buffer.cut_episodes()
-        extra = (settings.torque_cost - saved.get("torque_cost", 1.0)) * TORQUE
-        model.replay_buffer.rewards -= extra * np.abs(model.replay_buffer.actions).sum(axis=2)
     (run_dir / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     model.set_logger(configure(str(run_dir), ["tensorboard"]))
     callback = Checkpoints(args.env_name, settings, run_dir, rows)

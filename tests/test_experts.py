@@ -4,12 +4,10 @@ import hashlib
 import json
 import pickle
 import runpy
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -40,7 +38,8 @@ def fill(n_rows, share=0.4, n_steps=3, ends=ENDS, cut_at=None, cut_end=""):
         end = rng.choice(["", *ends], size=N_ENVS, p=[0.9] + [0.1 / len(ends)] * len(ends))
         end = np.array([cut_end, "", ""]) if row == cut_at else end
         arrays = *rng.normal(size=(2, N_ENVS, 2)), rng.normal(size=(N_ENVS, 1)), rng.normal(size=3)
-        infos = [{"fell": x == "fall", "TimeLimit.truncated": x == "timeout"} for x in end]
+        arrays[3][end == "fall"] = -100
+        infos = [{"TimeLimit.truncated": x == "timeout"} for x in end]
         ours.add(*arrays, end != "", infos)
         if row == cut_at:
             ours.cut_episodes()
@@ -119,38 +118,76 @@ def test_cut_episodes_is_a_time_limit(n_rows, cut_at, kind, monkeypatch):
     assert_uniform(draws(ours)[:, 300:], before_falls(log))
 
 
-@pytest.mark.parametrize("cost, extra", [(1.0, 0.0), (3.0, 2 * 0.028 * 1.5)])
-def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque(cost, extra):
-    ends = [(-100, False, False), (-100, False, True), (-99, True, False), (-100, True, False)]
-    env, paid = train_sac.TrainingReward(gym.make("Pendulum-v1"), -10, cost), []
-    for end in ends:
-        env.env = SimpleNamespace(step=lambda action, end=end: (None, *end, {}))
-        paid.append(env.step(np.array([-1.0, 0.5])))
-    expected = [(-100 - extra, 0), (-100 - extra, 0), (-99 - extra, 0), (-10, 1)]
-    assert [(x[1], len(x[4])) for x in paid] == [(pytest.approx(r), n) for r, n in expected]
+def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque():
+    rewards, actions = np.float32([[-100, -99.5], [0.25, -100]]), np.full((2, 2, 2), 0.75)
+    paid = train_sac.reprice(rewards, -actions, -10.0, 3.0)
+    extra = 2 * 0.028 * 1.5
+    np.testing.assert_allclose(paid, [[-10, -99.5 - extra], [0.25 - extra, -10]], rtol=1e-6)
+    np.testing.assert_array_equal(train_sac.reprice(rewards, actions, -100.0, 1.0), rewards)
 
 
 def test_torque_costs_what_the_environment_charges():
-    envs = [aggrevated.make_env("BipedalWalker-v3") for _ in range(2)]
-    paid = train_sac.TrainingReward(envs[1], -10, 3.0)
-    for env in (envs[0], paid):
-        env.reset(seed=0)
+    env = aggrevated.make_env("BipedalWalker-v3")
+    env.reset(seed=0)
     action = np.array([0.5, -1.0, 0.2, 0.0], dtype=np.float32)
-    world = envs[0].unwrapped
-    shaping = world.prev_shaping
-    plain, dear = envs[0].step(action)[1], paid.step(action)[1]
-    charged = world.prev_shaping - shaping - plain  # what is left is the torque's price
+    shaping = env.unwrapped.prev_shaping
+    plain = env.step(action)[1]
+    charged = env.unwrapped.prev_shaping - shaping - plain  # what is left is the torque's price
+    dear = train_sac.reprice(np.array(plain), action, -10.0, 3.0)
     assert plain - dear == pytest.approx(2 * charged, rel=1e-4) and charged > 0
 
 
-def test_the_monitor_records_the_true_return():
+@pytest.mark.parametrize("n_rows", [60, 95])
+def test_prices_hold_for_what_is_stored_and_what_comes(n_rows):
+    ours, theirs, _ = fill(n_rows)
+    ours.set_prices(-10.0, 3.0)
+    for buffer in (ours, theirs):
+        buffer.add(
+            np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 1)), np.ones(3), np.zeros(3), [{}] * 3
+        )
+    expected = np.where(theirs.rewards == -100, -10, theirs.rewards)
+    expected -= (theirs.rewards != -100) * 2 * 0.028 * np.abs(theirs.actions[..., 0])
+    np.testing.assert_allclose(ours.rewards, expected, rtol=1e-5, atol=1e-6)
+    assert (theirs.rewards == -100).any()
+
+
+class OneStep(gym.Env):
+    """Episodes of one step, which falls if the action says so."""
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1), {}
+
+    def step(self, action):
+        return np.zeros(1), -100.0 if action else 0.0, True, False, {}
+
+
+def test_a_terrain_is_tried_again_after_a_fall():
+    def play(n, fall):
+        terrains = []
+        for _ in range(n):
+            env.reset(seed=None if terrains else seeds.pop())
+            env.step(fall)
+            terrains.append(env.terrain)
+        return terrains
+
+    env, seeds = train_sac.Retry(OneStep()), [3, 2, 1, 0]
+    assert len(set(play(50, fall=True))) == 50  # before the late part no terrain comes again
+    env.retries = 3
+    (fallen,) = play(1, fall=True)
+    after = play(50, fall=False)
+    assert after.count(fallen) == 3 and len(set(after)) == 50 - 3 + 1
+    assert max(after.index(fallen), 50 - after[::-1].index(fallen)) > 3  # fresh ones between them
+    assert 20 < len(set(play(100, fall=True))) < 80 and len(env.failed) == 50
+
+
+def test_the_monitor_and_the_buffer_have_the_true_return():
     env_name, rewards, done = "BipedalWalker-v3", [], False
     env = train_sac.build(env_name, train_sac.Settings(n_envs=8, buffer_size=800), seed=0).get_env()
     env.reset()
     while not done:
         _, (reward, *_), (done, *_), (info, *_) = env.step(np.full((8, 4), -1.0))
         rewards.append(reward)
-    assert reward == -10 and info["episode"]["r"] == pytest.approx(sum(rewards) - 90, abs=1e-3)
+    assert reward == -100 and info["episode"]["r"] == pytest.approx(sum(rewards), abs=1e-3)
 
 
 OPTIONS = (
@@ -210,16 +247,16 @@ def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
     assert set(np.diff(log["env_steps"])) <= {20, 21} and (np.diff(log["minutes"]) >= 0).all()
 
 
-def test_resuming_with_dearer_torque_prices_what_is_stored(runs, tmp_path, monkeypatch):
-    folder, seen = shutil.copytree(runs[20][0], tmp_path / "run"), []
-    stored = pickle.loads((folder / "resume.pkl").read_bytes())["buffer"]
-    monkeypatch.setattr(SAC, "learn", lambda model, *_, **__: seen.append(model.replay_buffer))
-    options = f"--run_dir={folder}", "--resume", "--torque_cost=3"
-    monkeypatch.setattr(sys, "argv", ["", "--env_name=Pendulum-v1", *options])
+def test_late_in_the_run_the_prices_change_in_all_that_is_stored(tmp_path, monkeypatch):
+    late = "--late_updates=20", "--late_torque_cost=3", "--updates=40", "--checkpoint_every=20"
+    monkeypatch.setattr(sys, "argv", ["", *OPTIONS, *late, f"--run_dir={tmp_path / 'run'}"])
     train_sac.main()
-    price = 2 * 0.028 * np.abs(stored.actions).sum(axis=2)
-    np.testing.assert_allclose(seen[0].rewards, stored.rewards - price, rtol=1e-6)
-    assert price.max() > 0.01
+    buffer = pickle.loads((tmp_path / "run" / "resume.pkl").read_bytes())["buffer"]
+    extra = buffer.true_rewards - buffer.rewards
+    np.testing.assert_allclose(extra, 2 * 0.028 * np.abs(buffer.actions).sum(axis=2), atol=1e-5)
+    assert extra.max() > 0.01 and buffer.prices == (-40.0, 3.0)
+    settings = train_sac.Settings(late_updates=20)
+    assert settings.prices(19) == (-10.0, 1.0) and settings.prices(20) == (-40.0, 4.0)
 
 
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):
