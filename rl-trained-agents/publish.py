@@ -66,16 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("run_dir", type=Path, help="a run folder of train_sac.py")
-    option("--n", type=int, required=True, help="the agent's number in sac/")
+    option("--n", type=int, required=True, help="its number in sac/; 1 gets the run's logs")
     option("--first", type=int, default=0, help="no checkpoint before so many updates")
     option("--last", type=int, default=10**9, help="none after so many")
     option("--episodes", type=int, default=500, help="of the score")
     option("--learner_episodes", type=int, default=100, help="of the audit after a learner, or 0")
-    option("--logs", action="store_true", help="copy and draw the run's logs: for its first agent")
     option("--out", type=Path, default=Path(__file__).resolve().parent / "sac", help="not sac/")
     args = parser.parse_args()
-    run_dir = args.run_dir.resolve()
-    env_name = run_dir.name.rsplit("_s", 1)[0]
+    env_name = (run_dir := args.run_dir.resolve()).name.rsplit("_s", 1)[0]
     settings = Settings(**json.loads((run_dir / "settings.json").read_text()))
     paths = [p for p in sorted(run_dir.glob("*.pt")) if args.first <= int(p.stem) <= args.last]
     checkpoints, at = [torch.load(p) for p in paths], [int(p.stem) for p in paths]
@@ -103,7 +101,7 @@ def main() -> None:
         settings=asdict(settings), sha256=hashlib.sha256(zip_path.read_bytes()).hexdigest(),
     )  # fmt: skip
     (folder / "score.json").write_text(json.dumps(score, indent=1, default=float) + "\n")
-    if args.logs:
+    if args.n == 1:
         weights = shutil.ignore_patterns("*.pt", "resume.*")
         shutil.copytree(run_dir, folder, ignore=weights, dirs_exist_ok=True)
         log = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True)

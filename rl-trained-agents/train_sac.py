@@ -195,9 +195,8 @@ def build(env_name: str, s: Settings, seed: int) -> SAC:
     buffer = {k: getattr(s, k) for k in ("n_steps", "failure_share", "failure_window")}
     return SAC(
         "MlpPolicy", make_vec_env(env_name, s.n_envs, seed, wrapper_class=Retry), s.learning_rate,
-        s.buffer_size, s.learning_starts, s.batch_size, gradient_steps=s.gradient_steps,
-        seed=seed, device="cpu",
-        replay_buffer_class=FailureReplayBuffer, replay_buffer_kwargs=buffer,
+        s.buffer_size, s.learning_starts, s.batch_size, gradient_steps=s.gradient_steps, seed=seed,
+        device="cpu", replay_buffer_class=FailureReplayBuffer, replay_buffer_kwargs=buffer,
         policy_kwargs=dict(net_arch=[s.units, s.units], optimizer_kwargs=dict(fused=True)),
     )  # fmt: skip
 

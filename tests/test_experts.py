@@ -260,10 +260,10 @@ def test_late_in_the_run_the_prices_change_in_all_that_is_stored(tmp_path, monke
 
 
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):
-    options = "--n=7 --episodes=3 --learner_episodes=0 --logs".split()
+    options = "--n=1 --episodes=3 --learner_episodes=0".split()
     monkeypatch.setattr(sys, "argv", ["", str(runs[20][0]), f"--out={tmp_path}", *options])
     publish.main()
-    out = tmp_path / "Pendulum-v1_7"
+    out = tmp_path / "Pendulum-v1_1"
     model, score = SAC.load(out / "Pendulum-v1.zip"), json.loads((out / "score.json").read_text())
     expected = mean([torch.load(path)["average"] for path in runs[20][0].glob("*.pt")])
     torch.testing.assert_close(dict(model.policy.state_dict()), expected, rtol=0, atol=1e-9)
