@@ -1,6 +1,6 @@
 """Train a SAC expert with Stable-Baselines3, from nothing, in one stretch on one core.
 
-    python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, two to three hours
+    python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, about three hours
     python rl-trained-agents/train_sac.py --resume     go on where it was stopped
 
 SAC itself is SB3's.  Added: part of every batch is drawn from the steps before falls; a fall costs
@@ -40,7 +40,7 @@ COLUMNS = "updates env_steps minutes sampled_return average_return standard_erro
 class Settings:
     """What the recipe decides, each an option; all else is SB3's default (gamma 0.99)."""
 
-    updates: int = 700_000  # gradient steps in all
+    updates: int = 900_000  # gradient steps in all
     n_envs: int = 32  # side by side ...
     gradient_steps: int = 4  # ... and updates per step of them all
     units: int = 256  # in each of two hidden layers
