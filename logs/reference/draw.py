@@ -160,6 +160,18 @@ def hardcore_table() -> str:
     return "\n".join(lines)
 
 
+def expert_mean() -> str:
+    return f"{expert('hardcore').mean():.1f}"
+
+
+def learner_mean() -> str:
+    return f"{returns('aggrevated', 'best').mean():.1f}"
+
+
+def learner_falls() -> str:
+    return f"{np.mean(returns('aggrevated', 'best') < 250):.1%}"
+
+
 def ablation_table() -> str:
     """What changes when one choice of the default is changed."""
     if not scored(*ABLATIONS):
@@ -324,6 +336,9 @@ def main() -> None:
         draw_why()
     text = (HERE / "template.md").read_text()
     tables = (
+        expert_mean,
+        learner_mean,
+        learner_falls,
         hardcore_table,
         falls_table,
         hopper_table,
