@@ -45,11 +45,10 @@ def audit(agent: AggreVateDAgent, episodes: list[tuple], prices: tuple) -> dict:
     columns = []
     for t, first in episodes:
         q = agent.get_q_star(torch.from_numpy(t.states), torch.from_numpy(t.actions))[:, 0].numpy()
-        rewards, end = reprice(t.rewards, t.actions, *prices), len(q)
-        to_fall = np.arange(end)[::-1] if t.rewards[-1] == FALL else np.full(end, np.inf)
-        if (
-            t.rewards[-1] != FALL and end == agent.horizon
-        ):  # what the limit cuts off is taken from Q*, and weighs little
+        end, fell = len(q), t.rewards[-1] == FALL
+        to_fall = np.arange(end)[::-1] if fell else np.full(end, np.inf)
+        rewards = reprice(t.rewards, t.actions, to_fall == 0, *prices)
+        if not fell and end == agent.horizon:  # what the limit cuts off is taken from Q*: little
             rewards[-1], end = q[-1], max(end - 500, end // 4)
         g = returns_to_go(rewards, agent.expert.gamma)
         columns.append(np.stack([q, g, to_fall])[:, first:end])

@@ -4,8 +4,8 @@
     python rl-trained-agents/train_sac.py --resume     go on where it was stopped
 
 SAC itself is SB3's.  Added: part of every batch is drawn from the steps before falls; a fall costs
-less, torque later more; a checkpoint has the mean of the weights since the last, so that
-`publish.py` can average any span.  Scores are the untouched environment's own returns.
+less; late, torque costs more and terrains with falls come again; checkpoints have the mean weights
+since the last, for `publish.py` to average.  Scores are the untouched environment's own returns.
 """
 
 import argparse
@@ -82,31 +82,29 @@ class Retry(gym.Wrapper):
         return result
 
 
-def reprice(rewards, actions, fall_reward: float, torque_cost: float) -> np.ndarray:
-    """What the critics learn instead of the environment's rewards (...), for actions (..., A)."""
+def reprice(rewards, actions, fell, fall_reward: float, torque_cost: float) -> np.ndarray:
+    """What critics learn instead of rewards (...), for actions (..., A); `fell` (...) is a mask."""
     extra = (torque_cost - 1) * TORQUE * np.abs(actions).sum(axis=-1)
-    return np.where(rewards == FALL, fall_reward, rewards - extra).astype(np.float32)
+    return np.where(fell, fall_reward, rewards - extra).astype(np.float32)
 
 
 class FailureReplayBuffer(NStepReplayBuffer):
-    """SB3's n-step buffer, repriced; a share of each batch is drawn from the steps before falls.
-
-    Equally likely are the last `failure_window` steps of all episodes that ended in a fall.
-    """
+    """SB3's n-step buffer, repriced; a share of each batch is drawn from the steps before falls:
+    equally likely are the last `failure_window` of all episodes that ended in one."""
 
     def __init__(self, *args, failure_share: float, failure_window: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.failure_share, self.failure_window = failure_share, failure_window
-        self.true_rewards, self.prices = np.zeros_like(self.rewards), (FALL, 1.0)
+        self.unpriced, self.prices = np.zeros_like(self.rewards), (FALL, 1.0)
         self.added = 0  # rows ever written; row r lies at r % buffer_size
         self.age = np.zeros(self.n_envs, dtype=int)  # steps of each running episode
         self.falls = np.empty((0, 3), dtype=int)  # (row of the fall, environment, steps that count)
 
     def add(self, obs, next_obs, action, reward, done, infos) -> None:
-        self.true_rewards[self.pos] = reward
-        super().add(obs, next_obs, action, reprice(reward, action, *self.prices), done, infos)
+        self.unpriced[row := self.pos] = reward
+        super().add(obs, next_obs, action, reward, done, infos)
         self.age += 1
-        fell = np.flatnonzero(reward == FALL)
+        fell = np.flatnonzero(self.price(row))
         count = self.age[fell].clip(max=self.failure_window)
         new = np.stack([np.full_like(fell, self.added), fell, count], axis=1)
         self.added += 1
@@ -115,9 +113,11 @@ class FailureReplayBuffer(NStepReplayBuffer):
         kept = self.falls[first_row >= self.added - self.buffer_size]  # not yet overwritten
         self.falls = np.concatenate([kept, new])
 
-    def set_prices(self, *prices: float) -> None:
-        """From now on, and for all that is stored: (fall_reward, torque_cost)."""
-        self.prices, self.rewards = prices, reprice(self.true_rewards, self.actions, *prices)
+    def price(self, rows=slice(None)) -> np.ndarray:
+        """Put `prices`, (fall_reward, torque_cost), on these rows; where they are falls."""
+        fell = (self.unpriced[rows] == FALL) & (self.dones[rows] > self.timeouts[rows])
+        self.rewards[rows] = reprice(self.unpriced[rows], self.actions[rows], fell, *self.prices)
+        return fell
 
     def cut_episodes(self) -> None:
         """End the running episodes at the newest row, as a time limit does (for a resume)."""
@@ -146,7 +146,7 @@ class Checkpoints(BaseCallback):
 
     def __init__(self, env_name: str, settings: Settings, run_dir: Path, rows: list[dict]):
         super().__init__()
-        self.settings, self.run_dir, self.rows = settings, run_dir, rows
+        self.settings, self.run_dir, self.rows, self.late = settings, run_dir, rows, None
         self.env, self.sums, self.n_sums = make_vec_env(env_name, n_envs=16), 0, 0
 
     def _on_training_start(self) -> None:
@@ -156,9 +156,10 @@ class Checkpoints(BaseCallback):
     def _on_step(self) -> bool:
         """Called before each round of updates; the weights are those after the round before."""
         s, updates, buffer = self.settings, self.model._n_updates, self.model.replay_buffer
-        if buffer.prices != s.prices(updates):
-            buffer.set_prices(*s.prices(updates))
-        self.training_env.set_attr("retries", s.late_retries if updates >= s.late_updates else 0)
+        if self.late != (late := updates >= s.late_updates):  # at the start and at the switch
+            self.late, buffer.prices = late, s.prices(updates)
+            buffer.price()
+            self.training_env.set_attr("retries", s.late_retries if late else 0)
         if updates == self.bar.n:  # nothing was updated yet
             return True
         self.bar.update(updates - self.bar.n)

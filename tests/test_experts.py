@@ -118,12 +118,20 @@ def test_cut_episodes_is_a_time_limit(n_rows, cut_at, kind, monkeypatch):
     assert_uniform(draws(ours)[:, 300:], before_falls(log))
 
 
-def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque():
-    rewards, actions = np.float32([[-100, -99.5], [0.25, -100]]), np.full((2, 2, 2), 0.75)
-    paid = train_sac.reprice(rewards, -actions, -10.0, 3.0)
-    extra = 2 * 0.028 * 1.5
-    np.testing.assert_allclose(paid, [[-10, -99.5 - extra], [0.25 - extra, -10]], rtol=1e-6)
-    np.testing.assert_array_equal(train_sac.reprice(rewards, actions, -100.0, 1.0), rewards)
+@pytest.mark.parametrize("cost, extra", [(1.0, 0.0), (3.0, 2 * 0.028 * 1.5)])
+def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque(cost, extra):
+    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (2,))
+    special = dict(n_envs=4, failure_share=0.4, failure_window=WINDOW)
+    buffer = train_sac.FailureReplayBuffer(8, *spaces, device="cpu", **special)
+    buffer.prices = -10.0, cost
+    rewards, done = np.float32([-100, -100, -99, -100]), np.array([0, 1, 1, 1])
+    infos = [{"TimeLimit.truncated": env == 1} for env in range(4)]
+    state, action = np.zeros((4, 2)), np.float32([[-1.0, 0.5]] * 4)
+    for _ in range(2):
+        buffer.add(state, state, action, rewards, done, infos)
+    expected = [-100 - extra, -100 - extra, -99 - extra, -10]
+    np.testing.assert_allclose(buffer.rewards, [expected] * 2, rtol=1e-6)
+    assert buffer.falls[:, :2].tolist() == [[0, 3], [1, 3]]
 
 
 def test_torque_costs_what_the_environment_charges():
@@ -133,14 +141,15 @@ def test_torque_costs_what_the_environment_charges():
     shaping = env.unwrapped.prev_shaping
     plain = env.step(action)[1]
     charged = env.unwrapped.prev_shaping - shaping - plain  # what is left is the torque's price
-    dear = train_sac.reprice(np.array(plain), action, -10.0, 3.0)
+    dear = train_sac.reprice(plain, action, False, -10.0, 3.0)
     assert plain - dear == pytest.approx(2 * charged, rel=1e-4) and charged > 0
 
 
 @pytest.mark.parametrize("n_rows", [60, 95])
 def test_prices_hold_for_what_is_stored_and_what_comes(n_rows):
     ours, theirs, _ = fill(n_rows)
-    ours.set_prices(-10.0, 3.0)
+    ours.prices = -10.0, 3.0
+    ours.price()
     for buffer in (ours, theirs):
         buffer.add(
             np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 1)), np.ones(3), np.zeros(3), [{}] * 3
@@ -180,7 +189,7 @@ def test_a_terrain_is_tried_again_after_a_fall():
     assert 20 < len(set(play(100, fall=True))) < 80 and len(env.failed) == 50
 
 
-def test_the_monitor_and_the_buffer_have_the_true_return():
+def test_the_monitor_records_the_true_return():
     env_name, rewards, done = "BipedalWalker-v3", [], False
     env = train_sac.build(env_name, train_sac.Settings(n_envs=8, buffer_size=800), seed=0).get_env()
     env.reset()
@@ -252,7 +261,7 @@ def test_late_in_the_run_the_prices_change_in_all_that_is_stored(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["", *OPTIONS, *late, f"--run_dir={tmp_path / 'run'}"])
     train_sac.main()
     buffer = pickle.loads((tmp_path / "run" / "resume.pkl").read_bytes())["buffer"]
-    extra = buffer.true_rewards - buffer.rewards
+    extra = buffer.unpriced - buffer.rewards
     np.testing.assert_allclose(extra, 2 * 0.028 * np.abs(buffer.actions).sum(axis=2), atol=1e-5)
     assert extra.max() > 0.01 and buffer.prices == (-40.0, 3.0)
     settings = train_sac.Settings(late_updates=20)
