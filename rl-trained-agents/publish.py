@@ -84,7 +84,7 @@ def main() -> None:
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
     header = dict(header="episode,return,length", comments="")
     np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **header)
-    returns, prices = rows[:, 1], settings.prices(at[-1])
+    returns, prices = rows[:, 1], settings.stage(at[-1])[:2]
     score = dict(
         env_name=env_name, run=run_dir.name, gamma=agent.expert.gamma,
         checkpoints=dict(first=at[0], last=at[-1], number=len(at)),

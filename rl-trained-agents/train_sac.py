@@ -1,11 +1,9 @@
 """Train a SAC expert with Stable-Baselines3, from nothing, in one stretch on one core.
 
-    python rl-trained-agents/train_sac.py              BipedalWalkerHardcore-v3, about three hours
-    python rl-trained-agents/train_sac.py --resume     go on where it was stopped
+    python rl-trained-agents/train_sac.py       three hours; with --resume, on from where it stopped
 
-SAC itself is SB3's.  Added: part of every batch is drawn from the steps before falls; a fall costs
-less; late, torque costs more and terrains with falls come again; checkpoints have the mean weights
-since the last, for `publish.py` to average.  Scores are the untouched environment's own returns.
+SAC itself is SB3's.  Added: a share of each batch is drawn from before falls; falls and torque are
+priced in stages; late, terrains with falls come again; checkpoints hold mean weights, to average.
 """
 
 import argparse
@@ -40,7 +38,7 @@ COLUMNS = "updates env_steps minutes sampled_return average_return standard_erro
 class Settings:
     """What the recipe decides, each an option; all else is SB3's default (gamma 0.99)."""
 
-    updates: int = 900_000  # gradient steps in all
+    updates: int = 800_000  # gradient steps in all
     n_envs: int = 32  # side by side ...
     gradient_steps: int = 4  # ... and updates per step of them all
     units: int = 256  # in each of two hidden layers
@@ -50,18 +48,20 @@ class Settings:
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 10_000  # environment steps of random actions
     fall_reward: float = -10.0  # paid for a fall; with -100 it long learns to stand still
-    late_updates: int = 250_000  # the walk is learned; from then on ...
+    torque_updates: int = 300_000  # it crosses the course; from then on ...
+    torque_cost: float = 4.0  # ... torque costs so many times what the environment charges
+    late_updates: int = 450_000  # it seldom falls; from then on ...
     late_fall_reward: float = -40.0  # ... what a fall pays ...
-    late_torque_cost: float = 4.0  # ... times what the environment charges for torque ...
     late_retries: int = 3  # ... and how often a terrain is tried again after a fall
     failure_share: float = 0.4  # of each batch, drawn from the steps before falls
     failure_window: int = 120  # steps before a fall that count
     checkpoint_every: int = 25_000  # updates
 
-    def prices(self, updates: int) -> tuple[float, float]:
-        """What a fall pays, and times what torque costs, after so many updates."""
-        late = self.late_fall_reward, self.late_torque_cost
-        return late if updates >= self.late_updates else (self.fall_reward, 1.0)
+    def stage(self, updates: int) -> tuple[float, float, int]:
+        """What a fall pays, times what torque costs, and retries, after so many updates."""
+        torque = self.torque_cost if updates >= self.torque_updates else 1.0
+        late = self.late_fall_reward, torque, self.late_retries
+        return late if updates >= self.late_updates else (self.fall_reward, torque, 0)
 
 
 class Retry(gym.Wrapper):
@@ -146,7 +146,7 @@ class Checkpoints(BaseCallback):
 
     def __init__(self, env_name: str, settings: Settings, run_dir: Path, rows: list[dict]):
         super().__init__()
-        self.settings, self.run_dir, self.rows, self.late = settings, run_dir, rows, None
+        self.settings, self.run_dir, self.rows, self.stage = settings, run_dir, rows, None
         self.env, self.sums, self.n_sums = make_vec_env(env_name, n_envs=16), 0, 0
 
     def _on_training_start(self) -> None:
@@ -156,10 +156,10 @@ class Checkpoints(BaseCallback):
     def _on_step(self) -> bool:
         """Called before each round of updates; the weights are those after the round before."""
         s, updates, buffer = self.settings, self.model._n_updates, self.model.replay_buffer
-        if self.late != (late := updates >= s.late_updates):  # at the start and at the switch
-            self.late, buffer.prices = late, s.prices(updates)
+        if self.stage != (stage := s.stage(updates)):  # at the start and at a switch
+            self.stage, buffer.prices = stage, stage[:2]
             buffer.price()
-            self.training_env.set_attr("retries", s.late_retries if late else 0)
+            self.training_env.set_attr("retries", stage[2])
         if updates == self.bar.n:  # nothing was updated yet
             return True
         self.bar.update(updates - self.bar.n)

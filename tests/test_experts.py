@@ -257,15 +257,17 @@ def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
 
 
 def test_late_in_the_run_the_prices_change_in_all_that_is_stored(tmp_path, monkeypatch):
-    late = "--late_updates=20", "--late_torque_cost=3", "--updates=40", "--checkpoint_every=20"
-    monkeypatch.setattr(sys, "argv", ["", *OPTIONS, *late, f"--run_dir={tmp_path / 'run'}"])
+    late = "--torque_updates=20", "--torque_cost=3", "--late_updates=30"
+    updates = "--updates=40", "--checkpoint_every=20"
+    monkeypatch.setattr(sys, "argv", ["", *OPTIONS, *late, *updates, f"--run_dir={tmp_path / 'r'}"])
     train_sac.main()
-    buffer = pickle.loads((tmp_path / "run" / "resume.pkl").read_bytes())["buffer"]
+    buffer = pickle.loads((tmp_path / "r" / "resume.pkl").read_bytes())["buffer"]
     extra = buffer.unpriced - buffer.rewards
     np.testing.assert_allclose(extra, 2 * 0.028 * np.abs(buffer.actions).sum(axis=2), atol=1e-5)
     assert extra.max() > 0.01 and buffer.prices == (-40.0, 3.0)
-    settings = train_sac.Settings(late_updates=20)
-    assert settings.prices(19) == (-10.0, 1.0) and settings.prices(20) == (-40.0, 4.0)
+    stage = train_sac.Settings(torque_updates=20, late_updates=30).stage
+    assert [stage(n) for n in (19, 20)] == [(-10.0, 1.0, 0), (-10.0, 4.0, 0)]
+    assert [stage(n) for n in (29, 30)] == [(-10.0, 4.0, 0), (-40.0, 4.0, 3)]
 
 
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):
