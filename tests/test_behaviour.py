@@ -181,29 +181,44 @@ def test_targets_and_weights(labelled, algorithm):
 
 
 # -- updates ---------------------------------------------------------------------------------------
-def test_learning_rate_falls_linearly(labelled):
-    agent, rates = labelled(lr=1e-3, final_lr=2e-4, max_iteration=5), []
-    for n in range(1, 6):
-        agent.update(n)
-        rates.append(agent.optimizer.param_groups[0]["lr"])
-    np.testing.assert_allclose(rates, [1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+def test_learning_rate_falls_to_zero_within_each_update(labelled, monkeypatch):
+    agent, rates = labelled(lr=1e-3, train_repeat=2, update_sz=70), []  # 3 minibatches a pass
+    step, group = agent.optimizer.step, agent.optimizer.param_groups[0]
+    monkeypatch.setattr(agent.optimizer, "step", lambda: rates.append(group["lr"]) or step())
+    agent.update(1)
+    agent.update(2)
+    np.testing.assert_allclose(rates, 2 * [k / 6 * 1e-3 for k in (6, 5, 4, 3, 2, 1)])
 
 
 @pytest.mark.parametrize("algorithm", ["dagger", "reinforce"])
-def test_passes_over_the_drawn_data_are_whole_and_shuffled(labelled, monkeypatch, algorithm):
-    agent = labelled(algorithm=algorithm, train_repeat=2, update_sz=70)
+def test_passes_are_whole_and_shuffled(labelled, monkeypatch, algorithm):
+    agent, on_policy = labelled(algorithm=algorithm, train_repeat=2, update_sz=70), ON_POLICY
     agent.experience["state"][:, 0] = torch.arange(80)
-    drawn, batches, weigh, loss = [], [], agent.weigh, agent.loss
-    monkeypatch.setattr(agent, "weigh", lambda e: drawn.append(e["state"][:, 0]) or weigh(e))
+    batches, loss = [], agent.loss
     monkeypatch.setattr(agent, "loss", lambda s, *x: batches.append(s[:, 0]) or loss(s, *x))
     agent.update(1)
     agent.update(2)
-    drawn = [x.tolist() for x in drawn]
-    assert [len(b) for b in batches] == [32, 32, 6] * 4 and drawn[0] != drawn[1]
+    rest = 16 if algorithm in on_policy else 6  # all 80 there, 70 drawn else
+    assert [len(b) for b in batches] == [32, 32, rest] * 4
     passes = [torch.cat(batches[i : i + 3]).tolist() for i in range(0, 12, 3)]
-    assert [sorted(x) for x in passes] == [sorted(drawn[i]) for i in (0, 0, 1, 1)]
     assert len({tuple(x) for x in passes}) == 4
-    assert (len(set(drawn[0])) == 70) == (algorithm in ON_POLICY)  # else with replacement
+    drawn = [sorted(x) for x in passes]
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
+    assert (drawn[0] == list(range(80)) == drawn[2]) == (algorithm in on_policy)
+
+
+def test_transitions_are_drawn_in_proportion_to_their_weight(labelled, monkeypatch):
+    agent, seen = labelled(update_sz=40_000, batch_sz=40_000, train_repeat=1), []
+    agent.experience["state"][:, 0] = torch.arange(80) / 80
+    weight, loss = agent.weigh(agent.experience)[2][:, 0], agent.loss
+    assert weight.min() < 0.5 and weight.max() > 2
+    monkeypatch.setattr(agent, "loss", lambda *x: seen.append(x) or loss(*x))
+    agent.update(1)
+    ((state, _, weights),) = seen
+    assert (weights == 1).all()
+    counts = torch.bincount((80 * state[:, 0]).round().long(), minlength=80)
+    expected = 40_000 * weight / weight.sum()
+    assert ((counts - expected) / expected.sqrt()).abs().max() < 5
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "natural"])

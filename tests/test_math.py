@@ -101,7 +101,7 @@ def test_values_and_gradients_are_finite_at_the_bounds(box, bias):
 @each_box
 def test_prediction_is_the_squashed_mean_of_standardised_inputs(box):
     policy, state, (low, high) = make_policy(box), states(50), ends(box)
-    layers = policy.fc1, nn.ReLU(), policy.fc2, nn.ReLU(), policy.mean
+    layers = policy.fc1, nn.GELU(), policy.fc2, nn.GELU(), policy.mean
     mean = nn.Sequential(*layers)((state - 0.3) / 1.7)
     expected = low + (high - low) * (torch.tanh(mean) + 1) / 2
     torch.testing.assert_close(policy.predict(state), expected)

@@ -38,14 +38,14 @@ TASKS = {  # name: (options, test episodes)
 }
 # The paper's own gradient, as its authors use it: large batches, one step on each, alpha falling
 # over many iterations.  Hardcore needs longer steps; see README.md.
-LONG = dict(eval_every=10, eval_episodes=10, update_sz=100_000, train_repeat=1)
+LONG = dict(eval_every=10, eval_episodes=10)
 NATURAL = dict(algorithm="score", optimizer="natural", **LONG)
 MUJOCO = dict(K=100, max_iteration=60, alpha_decay_iterations=40)
 FIGURE_2 = {
     "natural": NATURAL | MUJOCO | dict(kl_step=0.02),
-    "adam": dict(algorithm="score", lr=1e-3, final_lr=1e-3, **LONG) | MUJOCO,
+    "adam": dict(algorithm="score", lr=1e-3, **LONG) | MUJOCO,
     "dagger": dict(algorithm="dagger"),
-    "reinforce": dict(algorithm="reinforce", lr=1e-3, final_lr=1e-3, **LONG) | MUJOCO,
+    "reinforce": dict(algorithm="reinforce", lr=1e-3, **LONG) | MUJOCO,
 }
 ABLATIONS = {
     "cut_100": dict(gap_cut=100.0),
@@ -53,16 +53,16 @@ ABLATIONS = {
     "factor_10": dict(gap_factor=10.0),
     "noise_0": dict(roll_in_noise=0.0),
     "slow_alpha": dict(alpha_decay_iterations=10),
-    "hidden_256": dict(hidden_dim=256),
+    "hidden_128": dict(hidden_dim=128),
     "K_20": dict(K=20),
     "N_30": dict(max_iteration=30, alpha_decay_iterations=8, eval_every=6),
 }
 ROWS = {  # row: (task, options, seeds)
-    "aggrevated": ("hardcore", dict(eval_every=1), 5),  # for the curve; training does not notice
-    "dagger": ("hardcore", dict(algorithm="dagger", eval_every=1), 5),
+    "aggrevated": ("hardcore", dict(eval_every=3), 5),  # for the curve; training does not notice
+    "dagger": ("hardcore", dict(algorithm="dagger", eval_every=3), 5),
     "aggrevate": ("hardcore", dict(algorithm="aggrevate"), 3),
     "bc": ("hardcore", dict(algorithm="bc"), 3),
-    "minmax": ("hardcore", dict(algorithm="minmax"), 3),
+    "minmax": ("hardcore", dict(algorithm="minmax", train_repeat=50), 3),
     "natural": (
         "hardcore",
         NATURAL | dict(K=300, max_iteration=100, alpha_decay_iterations=60, kl_step=0.1),
