@@ -92,7 +92,7 @@ class Config:
     env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id; bounded Box actions")
     expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/{env}_1/{env}.zip")
     algorithm: str = option("aggrevated", "score: the paper's own; see weigh", choices=ALGORITHMS)
-    optimizer: str = option("adam", "or a natural step a pass", choices=("adam", "natural"))
+    optimizer: str = option("adam", "natural: one natural step a pass", choices=("adam", "natural"))
     init_path: str = option("", "checkpoint whose policy to start from; none: start at random")
     seed: int = option(0, "of everything random", 0, 2**32)
     device: str = option("auto", "of the update: CUDA if there is one", choices=("auto", "cpu"))
@@ -104,7 +104,7 @@ class Config:
     roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", 0, 10)
     max_experience_len: int = option(300_000, "newest transitions that are kept", low=1)
     hidden_dim: int = option(256, "units in each of the two hidden layers; 64 to 512", low=1)
-    lr: float = option(1e-2, "Adam's; falls to 0 in each update; 1e-3 to 1e-2", 1e-12, 1)
+    lr: float = option(1e-2, "Adam's first step size of an update; falls to 0 in it", 1e-12, 1)
     update_sz: int = option(150_000, "transitions drawn for an update; 50k to 300k", low=1)
     batch_sz: int = option(1024, "transitions per minibatch; 128 to 1024", low=1)
     train_repeat: int = option(1, "passes over the drawn transitions; 1 to 10", low=1)
@@ -320,8 +320,7 @@ def gap_weights(q_expert, q_learner, factor: float, cut: float):
     gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs not to do as the expert does.
     """
     gap = (q_expert - q_learner).clamp(min=0)
-    mean = gap.mean().clamp(min=1e-4)  # less is rounding
-    weights = (1 + factor * gap / mean).clamp(max=cut)
+    weights = (1 + factor * gap / gap.mean().clamp(min=1e-4)).clamp(max=cut)  # 1e-4: rounding
     return weights / weights.mean()
 
 
@@ -390,7 +389,7 @@ class AggreVateDAgent:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
         if c.n_workers > 1:
-            self.pool.submit(int)  # starts them
+            self.pool.submit(int)  # any job starts them
         cuda = torch.cuda.is_available() and c.device == "auto"
         self.device = torch.device("cuda" if cuda else "cpu")
         torch.set_num_threads(c.n_workers)
@@ -402,7 +401,7 @@ class AggreVateDAgent:
         self.policy = PolicyNetwork(*spaces, c.hidden_dim)
         self.optimizer = torch.optim.Adam(self.policy.to(self.device).parameters(), fused=True)
         self.experience: dict[str, torch.Tensor] = {}  # newest transitions, (N, ...) each
-        self.on_policy = c.algorithm in ("score", "minmax", "reinforce")  # else all data is kept
+        self.on_policy = c.algorithm in ("score", "minmax", "reinforce")  # no old data
         self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, 0, 0, 0.0
         self.best_return, self.rows = -math.inf, []  # rows of evaluations.csv
 
@@ -416,18 +415,20 @@ class AggreVateDAgent:
         """`roll_in` by all workers; the trajectories come back in the order of their streams."""
         players = pickle.dumps((copy.deepcopy(self.policy).cpu(), self.expert))
         job = partial(work, players, self.config.env_name, alpha, noise_scale, horizon)
-        size = min(math.ceil(len(streams) / self.config.n_workers), 25)  # more: a long tail
+        size = min(math.ceil(len(streams) / self.config.n_workers), 25)  # larger ones end unevenly
         batches = [streams[i : i + size] for i in range(0, len(streams), size)]
         run = self.pool.map if self.config.n_workers > 1 else map  # a single one: this process
         return [trajectory for part in run(job, batches) for trajectory in part]
 
-    def get_q_star(self, state, action):
-        """Q*(s, a) (N, 1), without gradient, in pieces that stay in the CPU's cache."""
-        pieces = zip(state.split(2048), action.split(2048))
-        return torch.cat([self.expert.q_star(*piece) for piece in pieces])
+    @torch.no_grad()
+    def get_q_star(self, state, action=None):
+        """Q*(s, a) (N, 1), of the learner's mean action if none is given."""
+        states = state.split(2048)  # pieces stay in the CPU's cache
+        actions = map(self.policy.predict, states) if action is None else action.split(2048)
+        return torch.cat([self.expert.q_star(s, a) for s, a in zip(states, actions)])
 
     def label(self, trajectories: list[Trajectory]) -> None:
-        """Ask expert and Q* about all visited states; keep them as, or with, the experience."""
+        """Ask expert and Q* about all visited states; they join or (on-policy) replace the old."""
         gamma = self.config.gamma or self.expert.gamma
         rows = [(t.states, t.actions, returns_to_go(t.rewards, gamma)) for t in trajectories]
         arrays = [np.concatenate(column, dtype=np.float32) for column in zip(*rows)]
@@ -435,8 +436,6 @@ class AggreVateDAgent:
         state, action, to_go, expert_action = (torch.from_numpy(x).to(self.device) for x in arrays)
         new = dict(state=state, action=action, expert_action=expert_action, to_go=to_go[:, None])
         new["q_expert"] = self.get_q_star(state, expert_action)
-        if not new["q_expert"].isfinite().all():
-            raise UserError("Q* is NaN or infinite on a visited state; use another expert.")
         kept = {} if self.on_policy else self.experience
         for name, tensor in new.items():
             joined = torch.cat([kept.get(name, tensor[:0]), tensor])
@@ -462,12 +461,9 @@ class AggreVateDAgent:
             q = self.get_q_star(state, action).view(2, -1, 1)
             return state, action, standardise((q - q.mean(dim=0)).view(-1, 1)).clamp(-5, 5)
         target, weight = policy.inside(e["expert_action"]), torch.ones_like(e["q_expert"])
-        if c.algorithm == "aggrevate":  # the gap of what was executed then
-            q_action = self.get_q_star(state, e["action"])
-            weight = gap_weights(e["q_expert"], q_action, c.gap_factor, c.gap_cut)
-        if c.algorithm == "aggrevated":  # the gap of what the learner would do now
-            q_learner = self.get_q_star(state, policy.predict(state))
-            weight = gap_weights(e["q_expert"], q_learner, c.gap_factor, c.gap_cut)
+        if c.algorithm in ("aggrevate", "aggrevated"):  # by what was done, or would be done now
+            q = self.get_q_star(state, e["action"] if c.algorithm == "aggrevate" else None)
+            weight = gap_weights(e["q_expert"], q, c.gap_factor, c.gap_cut)
         return state, target, weight
 
     def loss(self, state, target, weight):
@@ -478,17 +474,22 @@ class AggreVateDAgent:
         """`train_repeat` passes over `update_sz` drawn transitions (line 5); the mean loss."""
         c, losses = self.config, []
         torch.manual_seed(np.random.default_rng((UPDATE, c.seed, iteration)).integers(2**62).item())
-        data = self.weigh(self.experience)
-        if not self.on_policy:  # draw by weight, then count alike: the same gradient, less noise
-            drawn = torch.multinomial(data[2][:, 0], c.update_sz, replacement=True)
-            data = data[0][drawn], data[1][drawn], torch.ones_like(data[2][drawn])
-        n_batches = c.train_repeat * math.ceil(len(data[0]) / c.batch_sz)
+        state, target, weight = self.weigh(self.experience)
+        if not weight.isfinite().all():
+            raise UserError("A weight is NaN or infinite; use another expert or a lower --lr.")
+        if self.on_policy:  # weights with signs stay in the loss
+            drawn = torch.randperm(len(weight))[: c.update_sz]
+        else:  # draw by weight, then count alike: the same gradient on average, less noise
+            drawn = torch.multinomial(weight[:, 0].double().cpu(), c.update_sz, replacement=True)
+            weight = torch.ones_like(weight)
+        data = [x[drawn.to(self.device)] for x in (state, target, weight)]
+        n_batches = c.train_repeat * math.ceil(len(drawn) / c.batch_sz)
         for _ in range(c.train_repeat):
             if c.optimizer == "natural":
                 loss_of = partial(self.loss, *data)
                 losses.append(natural_step(self.policy, loss_of, data[0], c.kl_step))
                 continue
-            order = torch.randperm(len(data[0])).to(self.device)
+            order = torch.randperm(len(drawn)).to(self.device)
             for batch in zip(*(x[order].split(c.batch_sz) for x in data)):
                 self.optimizer.param_groups[0]["lr"] = c.lr * (1 - len(losses) / n_batches)
                 losses.append(loss := self.loss(*batch))
@@ -535,8 +536,7 @@ class AggreVateDAgent:
         if n == 1 and not c.init_path:  # standardise inputs, once: later it would change pi
             self.policy.state_mean.copy_(state.mean(dim=0))
             self.policy.state_std.copy_(state.std(dim=0, correction=0).clamp(min=1e-3))
-        with torch.no_grad():
-            gap = q_expert - self.get_q_star(state, self.policy.predict(state))
+        gap = q_expert - self.get_q_star(state)
         loss = self.update(n)
         self.env_steps += steps
         self.seconds += time.perf_counter() - started
@@ -605,7 +605,7 @@ def make_run_dir(config: Config) -> Path:
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint's contents, read without running code in it; UserError unless it is one."""
-    with mend(f"{path} is not a checkpoint; give a run folder"):
+    with mend(f"{path} is not a checkpoint of this version; give a run folder"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"] = Config(**state["config"]).check()
         return state

@@ -183,7 +183,7 @@ def test_critics_that_are_nan(expert, tmp_path, run_main, small):
     repack(expert, policy_pth=torch_bytes(weights))
     result = run_main(**small(expert_path=expert, log_dir=tmp_path / "logs"))
     assert result.status == 2
-    assert "error: Q* is NaN or infinite on a visited state; use another expert." in result.err
+    assert "error: A weight is NaN or infinite; use another expert or a lower --lr." in result.err
 
 
 def test_loss_that_is_nan(tmp_path, run_main, small, monkeypatch):
@@ -199,7 +199,7 @@ def other_network(path):
     torch.save(state, path)
 
 
-NO_CHECKPOINT = "is not a checkpoint; give a run folder"
+NO_CHECKPOINT = "is not a checkpoint of this version; give a run folder"
 BAD_CHECKPOINTS = {
     "missing": (lambda path: path.unlink(), NO_CHECKPOINT),
     "empty": (lambda path: truncate(path, 0), NO_CHECKPOINT),
