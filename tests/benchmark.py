@@ -128,8 +128,8 @@ def plain_iteration(agent, expert, env, c) -> int:
 
 def measure_first_script(sizes: dict, repeats: int, **work) -> None:
     """Its loop over ours, per step, for the same work at alpha 0.5."""
-    options = dict(algorithm="minmax", batch_sz=128, update_sz=10**6, n_workers=2, device="cpu")
-    options |= dict(H=1000, alpha_decay_iterations=2, lr=1e-5)
+    options = dict(algorithm="minmax", batch_sz=128, hidden_dim=128, n_workers=2, device="cpu")
+    options |= dict(H=1000, alpha_decay_iterations=2, lr=1e-5, update_sz=10**6)
     c = ag.Config(**options | work | sizes).check()
     ours, plain = ag.AggreVateDAgent(c), ag.AggreVateDAgent(c)
     expert, env, ratios = SAC.load(c.expert_path, device="cpu"), ag.make_env(c.env_name), []
