@@ -552,6 +552,7 @@ class AggreVateDAgent:
     def train(self, run_dir: Path) -> None:
         """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
+        (run_dir / "config.json").write_text(json.dumps(asdict(c), indent=1))
         writer = SummaryWriter(run_dir, purge_step=first)
         if first == 1:
             chart = ["Multiline", ["eval/episode_reward", "eval/expert_reward"]]
@@ -594,12 +595,11 @@ class AggreVateDAgent:
 
 # == 7. Files and pictures =======================================================================
 def make_run_dir(config: Config) -> Path:
-    """A fresh folder below log_dir, with config.json in it; UserError if that cannot be written."""
+    """A fresh folder below log_dir; UserError if it cannot be made."""
     name = Path(config.env_name).name + time.strftime(f"_s{config.seed}_%Y%m%d_%H%M%S")
     run_dir = Path(config.log_dir) / f"AggreVateD_{name}"
     with mend("The run folder cannot be written; set --log_dir"):
         run_dir.mkdir(parents=True)
-        (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return run_dir
 
 

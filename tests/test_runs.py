@@ -178,6 +178,8 @@ def test_finished_run_can_be_lengthened(run_small, run_main):
     whole, part = run_small("whole"), run_small("part", max_iteration=1)
     assert run_main("--resume", part, max_iteration=2).status == 0
     assert_same_runs(whole, part)
+    configs = [json.loads((run / "config.json").read_text()) for run in (whole, part)]
+    assert [c["max_iteration"] for c in configs] == [2, 2]
 
 
 def test_interrupted_evaluation_names_no_run_to_resume(finished, run_main, monkeypatch):

@@ -33,6 +33,8 @@ NAMES = {
     "reinforce": "REINFORCE, no expert",
     "imitation_dagger": "DAgger of the library `imitation`",
     "suboptimal": "AggreVaTeD from expert 2",
+    "few_aggrevated": "AggreVaTeD, few steps and updates",
+    "few_dagger": "DAgger, few steps and updates",
     "bipedal": "BipedalWalker-v3",
     "pendulum": "Pendulum-v1",
     "hopper": "Hopper-v5",
@@ -274,6 +276,7 @@ def figure_2_table() -> str:
 def sentences() -> str:
     """The comparisons that the table does not have."""
     pairs = [("aggrevated", other) for other in ("dagger", "aggrevate", "bc", "imitation_dagger")]
+    pairs += [("few_aggrevated", "few_dagger")]
     pairs += [(t, f"{t}_{m}") for t in ("hopper", "walker2d") for m in ("dagger", "natural")]
     lines = []
     for a, b in pairs:
