@@ -1,6 +1,6 @@
 """Train a SAC expert with Stable-Baselines3, from nothing, in one stretch on one core.
 
-    python rl-trained-agents/train_sac.py       three hours; with --resume, on from where it stopped
+    python rl-trained-agents/train_sac.py     2.5 hours; with --resume, on from where it stopped
 
 SAC itself is SB3's.  Added: a share of each batch is drawn from before falls; falls and torque are
 priced in stages; late, terrains with falls come again; checkpoints hold mean weights, to average.
@@ -38,7 +38,7 @@ COLUMNS = "updates env_steps minutes sampled_return average_return standard_erro
 class Settings:
     """What the recipe decides, each an option; all else is SB3's default (gamma 0.99)."""
 
-    updates: int = 800_000  # gradient steps in all
+    updates: int = 600_000  # gradient steps in all
     n_envs: int = 32  # side by side ...
     gradient_steps: int = 4  # ... and updates per step of them all
     units: int = 256  # in each of two hidden layers
