@@ -425,7 +425,10 @@ class AggreVateDAgent:
         """Q*(s, a) (N, 1), of the learner's mean action if none is given."""
         states = state.split(2048)  # pieces stay in the CPU's cache
         actions = map(self.policy.predict, states) if action is None else action.split(2048)
-        return torch.cat([self.expert.q_star(s, a) for s, a in zip(states, actions)])
+        q = torch.cat([self.expert.q_star(s, a) for s, a in zip(states, actions)])
+        if not q.isfinite().all():
+            raise UserError("Q* is NaN or infinite on a visited state; use another expert.")
+        return q
 
     def label(self, trajectories: list[Trajectory]) -> None:
         """Ask expert and Q* about all visited states; they join or (on-policy) replace the old."""
@@ -436,10 +439,9 @@ class AggreVateDAgent:
         state, action, to_go, expert_action = (torch.from_numpy(x).to(self.device) for x in arrays)
         new = dict(state=state, action=action, expert_action=expert_action, to_go=to_go[:, None])
         new["q_expert"] = self.get_q_star(state, expert_action)
-        kept = {} if self.on_policy else self.experience
         for name, tensor in new.items():
-            joined = torch.cat([kept.get(name, tensor[:0]), tensor])
-            self.experience[name] = joined[-self.config.max_experience_len :]
+            kept = tensor[:0] if self.on_policy else self.experience.get(name, tensor[:0])
+            self.experience[name] = torch.cat([kept, tensor])[-self.config.max_experience_len :]
 
     @staticmethod
     def normalize_q_star(q_star):
@@ -475,8 +477,6 @@ class AggreVateDAgent:
         c, losses = self.config, []
         torch.manual_seed(np.random.default_rng((UPDATE, c.seed, iteration)).integers(2**62).item())
         state, target, weight = self.weigh(self.experience)
-        if not weight.isfinite().all():
-            raise UserError("A weight is NaN or infinite; use another expert or a lower --lr.")
         if self.on_policy:  # weights with signs stay in the loss
             drawn = torch.randperm(len(weight))[: c.update_sz]
         else:  # draw by weight, then count alike: the same gradient on average, less noise

@@ -183,7 +183,7 @@ def test_critics_that_are_nan(expert, tmp_path, run_main, small):
     repack(expert, policy_pth=torch_bytes(weights))
     result = run_main(**small(expert_path=expert, log_dir=tmp_path / "logs"))
     assert result.status == 2
-    assert "error: A weight is NaN or infinite; use another expert or a lower --lr." in result.err
+    assert "error: Q* is NaN or infinite on a visited state; use another expert." in result.err
 
 
 def test_loss_that_is_nan(tmp_path, run_main, small, monkeypatch):

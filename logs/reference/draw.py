@@ -82,8 +82,7 @@ def curve(row: str) -> tuple[np.ndarray, np.ndarray]:
         groups = {int(steps): x for (policy, steps), x in groups.items() if policy == "learner"}
         steps.append(list(groups))
         means.append([np.mean(x) for x in groups.values()])
-    n = min(map(len, steps))  # some runs were evaluated after their first iteration too
-    return np.mean([x[-n:] for x in steps], axis=0), np.array([x[-n:] for x in means])
+    return np.mean(steps, axis=0), np.array(means)
 
 
 def cost(row: str) -> tuple[float, float]:
@@ -160,18 +159,6 @@ def hardcore_table() -> str:
         lines.append(expert_line("suboptimal", "expert 2, an early checkpoint"))
         lines.append(line("suboptimal", against_expert("suboptimal")))
     return "\n".join(lines)
-
-
-def expert_mean() -> str:
-    return f"{expert('hardcore').mean():.1f}"
-
-
-def learner_mean() -> str:
-    return f"{returns('aggrevated', 'best').mean():.1f}"
-
-
-def learner_falls() -> str:
-    return f"{np.mean(returns('aggrevated', 'best') < 250):.1%}"
 
 
 def ablation_table() -> str:
@@ -339,9 +326,6 @@ def main() -> None:
         draw_why()
     text = (HERE / "template.md").read_text()
     tables = (
-        expert_mean,
-        learner_mean,
-        learner_falls,
         hardcore_table,
         falls_table,
         hopper_table,
