@@ -476,23 +476,23 @@ class AggreVateDAgent:
         """`train_repeat` passes over `update_sz` drawn transitions (line 5); the mean loss."""
         c, losses = self.config, []
         torch.manual_seed(np.random.default_rng((UPDATE, c.seed, iteration)).integers(2**62).item())
-        state, target, weight = self.weigh(self.experience)
+        data = state, target, weight = self.weigh(self.experience)
         if self.on_policy:  # weights with signs stay in the loss
             drawn = torch.randperm(len(weight))[: c.update_sz]
         else:  # draw by weight, then count alike: the same gradient on average, less noise
             drawn = torch.multinomial(weight[:, 0].double().cpu(), c.update_sz, replacement=True)
-            weight = torch.ones_like(weight)
-        data = [x[drawn.to(self.device)] for x in (state, target, weight)]
+            data = state, target, torch.ones_like(weight)
+        drawn = drawn.to(self.device)
         n_batches = c.train_repeat * math.ceil(len(drawn) / c.batch_sz)
         for _ in range(c.train_repeat):
             if c.optimizer == "natural":
-                loss_of = partial(self.loss, *data)
-                losses.append(natural_step(self.policy, loss_of, data[0], c.kl_step))
+                chosen = [x[drawn] for x in data]
+                loss_of = partial(self.loss, *chosen)
+                losses.append(natural_step(self.policy, loss_of, chosen[0], c.kl_step))
                 continue
-            order = torch.randperm(len(drawn)).to(self.device)
-            for batch in zip(*(x[order].split(c.batch_sz) for x in data)):
+            for rows in drawn[torch.randperm(len(drawn)).to(self.device)].split(c.batch_sz):
                 self.optimizer.param_groups[0]["lr"] = c.lr * (1 - len(losses) / n_batches)
-                losses.append(loss := self.loss(*batch))
+                losses.append(loss := self.loss(*(x[rows] for x in data)))
                 self.optimizer.zero_grad()
                 loss.backward()
                 clip_grad_norm_(self.policy.parameters(), max_norm=10.0)

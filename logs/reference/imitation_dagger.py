@@ -13,6 +13,7 @@ Writes config.json, train.csv, policy.pt and test.csv to logs/reference/imitatio
 import argparse
 import csv
 import io
+import itertools
 import json
 import tempfile
 import time
@@ -37,9 +38,9 @@ PACKAGES = "imitation stable-baselines3 gymnasium box2d torch numpy pyarrow data
 OPTIONS = dict(
     seed=0, steps=150_000, expert=f"rl-trained-agents/sac/{ENV}_1/{ENV}.zip",
     out="", stream=14, test_episodes=500,  # folder of the run; terrains of the test
-    round_steps=10_000, n_batches=400, batch_size=512,  # of a round; every batch is an update
+    round_steps=10_000, n_batches=147, batch_size=1024,  # of a round; every batch is an update
     beta_rounds=4, ent_weight=0.0, l2_weight=0.0, log_std_init=-1.0,  # rounds until beta is 0
-    lr=8e-3, final_lr=1e-4,  # Adam's step size in the first round and in the last, linear between
+    lr=1e-2,  # Adam's step size; falls linearly to 0 in every round, as the default's does
 )  # fmt: skip
 
 
@@ -87,13 +88,18 @@ def train(c, file, folder):
         venv=venv, scratch_dir=folder, expert_policy=load_expert(c.expert, spaces), rng=rng,
         beta_schedule=LinearBetaSchedule(c.beta_rounds), bc_trainer=bc, **quiet,
     )  # fmt: skip
+    done = itertools.count(1)
+
+    def fall():
+        bc.optimizer.param_groups[0]["lr"] = c.lr * (1 - next(done) % c.n_batches / c.n_batches)
+
     # No rollouts for the log: those are 5 uncounted episodes every 500 batches.
     updates = dict(n_batches=c.n_batches, log_rollouts_venv=None, progress_bar=False)
+    updates |= dict(on_batch_end=fall)
     rounds, n_rounds, steps = csv.writer(file), max(1, round(c.steps / c.round_steps)), 0
     rounds.writerow(["round", "env_steps", "seconds", "roll_in_return"])
     for k in range(n_rounds):
-        episodes, share = len(env.return_queue), k / max(1, n_rounds - 1)
-        bc.optimizer.param_groups[0]["lr"] = c.lr + (c.final_lr - c.lr) * share
+        episodes = len(env.return_queue)
         size = dict(rollout_round_min_timesteps=round(c.steps * (k + 1) / n_rounds) - steps)
         trainer.train(1, **size, rollout_round_min_episodes=1, bc_train_kwargs=updates)  # one round
         steps, returns = int(np.sum(env.length_queue)), list(env.return_queue)[episodes:]
