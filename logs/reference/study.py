@@ -6,10 +6,10 @@
 
 A run is `python aggrevated.py` with the options of its row; it lands in logs/reference/ROW_sSEED
 with its config, evaluations and events, and the chosen policy (best.pt) of the default and of seed
-0 of the others.  test.csv has the returns of fresh test episodes, the same terrains for every row
-of a task, played once by the best iterate on validation and once by the last one.  What is there
-already is not done again.  One process uses one core.  The agents of the RL Zoo that the MuJoCo
-rows imitate are not shipped: see README.md.
+0 of rows without an underscore.  test.csv has the returns of fresh test episodes, the same
+terrains for every row of a task, played once by the best iterate on validation and once by the last
+one.  What is there already is not done again.  One process uses one core.  The agents of the RL Zoo
+that the MuJoCo rows imitate are not shipped: see README.md.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def score(run: Path, episodes: int) -> None:
     )
     write(run / "test.csv", played)
     (run / "last.pt").unlink()  # it holds the experience
-    if not run.name.endswith("_s0") and not run.name.startswith("aggrevated_"):  # for their size
+    row, _, seed = run.name.rpartition("_s")
+    if row != "aggrevated" and (seed != "0" or "_" in row):  # for their size
         (run / "best.pt").unlink()
 
 
