@@ -58,7 +58,7 @@ def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     config = json.loads((run / "config.json").read_text())
     assert config == asdict(Config(**small(log_dir=str(run.parent))).check())
     with Image.open(run / "final.gif") as gif:
-        assert gif.n_frames == 50  # every fourth of 200
+        assert gif.n_frames == 40  # every fifth of 200
 
 
 def test_table_has_a_row_per_episode(finished):

@@ -35,12 +35,25 @@ NAMES = {
     "suboptimal": "AggreVaTeD from expert 2",
     "few_aggrevated": "AggreVaTeD, few steps and updates",
     "few_dagger": "DAgger, few steps and updates",
+    "units_256": "AggreVaTeD, 256 units",
+    "before": "AggreVaTeD, 256 units",
+    "dagger_256": "DAgger, 256 units",
+    "bc_256": "behaviour cloning, 256 units",
+    "imitation_dagger_256": "DAgger of the library `imitation`, 256 units",
     "bipedal": "BipedalWalker-v3",
     "pendulum": "Pendulum-v1",
     "hopper": "Hopper-v5",
     "walker2d": "Walker2d-v5",
 }
-ROWS = ROWS | {"imitation_dagger": ("hardcore", {}, 3)}
+EXPERTS = {  # of the Hardcore task
+    "hardcore": "expert 1 (SAC)",
+    "before": "expert 1 on other terrains",
+    "suboptimal": "expert 2, an early checkpoint",
+}
+ROWS = ROWS | {
+    "imitation_dagger": ("hardcore", {}, 3),
+    "imitation_dagger_256": ("before", {}, 3),
+}
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -87,7 +100,7 @@ def curve(row: str) -> tuple[np.ndarray, np.ndarray]:
 
 def cost(row: str) -> tuple[float, float]:
     """Environment steps and minutes of training, without evaluation, mean over the seeds."""
-    last, log = [], "train.csv" if row == "imitation_dagger" else "evaluations.csv"
+    last, log = [], "train.csv" if row.startswith("imitation") else "evaluations.csv"
     for run in runs(row):
         with open(run / log, newline="") as file:
             last.append(list(csv.DictReader(file))[-1])
@@ -149,27 +162,25 @@ def against_expert(task: str) -> dict[str, np.ndarray]:
 
 
 def hardcore_table() -> str:
-    """The result: every row of the task beside its expert, the best first."""
-    main = [r for r, (task, _, _) in ROWS.items() if task == "hardcore" and r not in ABLATIONS]
-    order = sorted(scored(*main), key=lambda row: -returns(row, "best").mean())
+    """The result: every row of the task below its expert, the best first."""
     lines = [HEAD.format("policy", "its expert", "its expert")]
-    lines.append(expert_line("hardcore", "expert 1 (SAC)"))
-    lines += [line(row, against_expert("hardcore")) for row in order]
-    if scored("suboptimal"):
-        lines.append(expert_line("suboptimal", "expert 2, an early checkpoint"))
-        lines.append(line("suboptimal", against_expert("suboptimal")))
+    for task, name in EXPERTS.items():
+        rows = scored(*(row for row, (of, _, _) in ROWS.items() if of == task))
+        rows = [row for row in rows if row not in ABLATIONS]
+        rows.sort(key=lambda row: -returns(row, "best").mean())
+        lines += [expert_line(task, name), *(line(row, against_expert(task)) for row in rows)]
     return "\n".join(lines)
 
 
 def ablation_table() -> str:
-    """What changes when one choice of the default is changed."""
-    if not scored(*ABLATIONS):
-        return "Not run yet."
-    default = {who: returns("aggrevated", who) for who in ("best", "last")}
-    lines = [HEAD.format("the default, but", "default", "default")]
+    """What changes when one choice of the default before is changed."""
+    before = {who: returns("before", who) for who in ("best", "last")}
+    lines = [HEAD.format("policy", "all 256 units", "all 256 units")]
+    lines.append(expert_line("before", "expert 1"))
+    lines.append(line("before", before, "256 units"))
     for row in scored(*ABLATIONS):
         changed = ", ".join(f"`{k}` {v}" for k, v in ABLATIONS[row].items() if k != "eval_every")
-        lines.append(line(row, default, changed))
+        lines.append(line(row, before, f"256 units, but {changed}"))
     return "\n".join(lines)
 
 
@@ -262,7 +273,9 @@ def figure_2_table() -> str:
 
 def sentences() -> str:
     """The comparisons that the table does not have."""
-    pairs = [("aggrevated", other) for other in ("dagger", "aggrevate", "bc", "imitation_dagger")]
+    others = "units_256", "dagger", "aggrevate", "bc", "imitation_dagger"
+    pairs = [("aggrevated", other) for other in others]
+    pairs += [("before", f"{other}_256") for other in ("dagger", "bc", "imitation_dagger")]
     pairs += [("few_aggrevated", "few_dagger")]
     pairs += [(t, f"{t}_{m}") for t in ("hopper", "walker2d") for m in ("dagger", "natural")]
     lines = []

@@ -36,8 +36,8 @@ from stable_baselines3.sac.policies import SACPolicy
 ENV, HERE = "BipedalWalkerHardcore-v3", Path(__file__).resolve().parent
 PACKAGES = "imitation stable-baselines3 gymnasium box2d torch numpy pyarrow datasets".split()
 OPTIONS = dict(
-    seed=0, steps=150_000, expert=f"rl-trained-agents/sac/{ENV}_1/{ENV}.zip",
-    out="", stream=14, test_episodes=500,  # folder of the run; terrains of the test
+    seed=0, steps=150_000, units=128, expert=f"rl-trained-agents/sac/{ENV}_1/{ENV}.zip",
+    out="", stream=15, test_episodes=500,  # folder of the run; terrains of the test
     round_steps=10_000, n_batches=147, batch_size=1024,  # of a round; every batch is an update
     beta_rounds=4, ent_weight=0.0, l2_weight=0.0, log_std_init=-1.0,  # rounds until beta is 0
     lr=1e-2,  # Adam's step size; falls linearly to 0 in every round, as the default's does
@@ -76,7 +76,7 @@ def train(c, file, folder):
     (venv := DummyVecEnv([lambda: env])).seed(c.seed)
     spaces = dict(observation_space=venv.observation_space, action_space=venv.action_space)
     policy = ActorCriticPolicy(
-        **spaces, lr_schedule=lambda _: 0.0, net_arch=dict(pi=[256, 256], vf=[]),
+        **spaces, lr_schedule=lambda _: 0.0, net_arch=dict(pi=[c.units, c.units], vf=[]),
         features_extractor_class=NormalizeFeaturesExtractor,  # standardises by round 0's states
         activation_fn=torch.nn.GELU, log_std_init=c.log_std_init,
     )  # fmt: skip

@@ -29,17 +29,21 @@ import aggrevated  # noqa: E402
 
 SAC = "rl-trained-agents/sac/{0}_{1}/{0}.zip"
 HARDCORE = "BipedalWalkerHardcore-v3"
-TASKS = {  # name: (options, test episodes)
-    "hardcore": ({}, 500),
-    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500),
-    "bipedal": (dict(env_name="BipedalWalker-v3"), 100),
-    "pendulum": (dict(env_name="Pendulum-v1"), 100),
-    "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100),
-    "walker2d": (dict(env_name="Walker2d-v5", expert_path=SAC.format("Walker2d-v3", 1)), 100),
+OLD = 14  # a test stream seen before the last choice, 128 units; that was not made on its tasks
+TASKS = {  # name: (options, test episodes, their stream)
+    "hardcore": ({}, 500, aggrevated.TEST),
+    "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500, aggrevated.TEST),
+    "before": (dict(hidden_dim=256), 500, OLD),  # the default before
+    "bipedal": (dict(env_name="BipedalWalker-v3"), 100, OLD),
+    "pendulum": (dict(env_name="Pendulum-v1"), 100, OLD),
+    "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100, OLD),
+    "walker2d": (
+        dict(env_name="Walker2d-v5", expert_path=SAC.format("Walker2d-v3", 1)), 100, OLD
+    ),
 }
 # The paper's own gradient, as its authors use it: large batches, one step on each, alpha falling
 # over many iterations.  Hardcore needs longer steps; see README.md.
-LONG = dict(eval_every=10, eval_episodes=10)
+LONG = dict(hidden_dim=256, eval_every=10, eval_episodes=10)
 NATURAL = dict(algorithm="score", optimizer="natural", **LONG)
 MUJOCO = dict(K=50, max_iteration=60, alpha_decay_iterations=40)
 FIGURE_2 = {
@@ -49,7 +53,7 @@ FIGURE_2 = {
     "reinforce": dict(algorithm="reinforce", lr=1e-3, **LONG) | MUJOCO,
 }
 FEW = dict(max_iteration=5, update_sz=30_000)  # a third of the steps, a fifteenth of the draws
-ABLATIONS = {
+ABLATIONS = {  # of the default before
     "cut_100": dict(gap_cut=100.0),
     "factor_1": dict(gap_factor=1.0),
     "noise_0": dict(roll_in_noise=0.0),
@@ -63,17 +67,23 @@ ROWS = {  # row: (task, options, seeds)
     "aggrevate": ("hardcore", dict(algorithm="aggrevate"), 3),
     "bc": ("hardcore", dict(algorithm="bc"), 3),
     "minmax": ("hardcore", dict(algorithm="minmax", train_repeat=50), 3),
+    "units_256": ("hardcore", dict(hidden_dim=256), 5),
     "natural": (
-        "hardcore",
+        "before",
         NATURAL | dict(K=60, max_iteration=100, alpha_decay_iterations=60, kl_step=0.1),
         3,
     ),
-    "reinforce": ("hardcore", FIGURE_2["reinforce"], 1),
+    "reinforce": ("before", FIGURE_2["reinforce"], 1),
     "suboptimal": ("suboptimal", {}, 5),
     "few_aggrevated": ("hardcore", FEW, 5),
     "few_dagger": ("hardcore", FEW | dict(algorithm="dagger"), 5),
 }
-ROWS |= {name: ("hardcore", options, 3) for name, options in ABLATIONS.items()}
+ROWS |= {
+    "before": ("before", {}, 5),  # units_256's runs, on the ablations' terrains
+    "dagger_256": ("before", dict(algorithm="dagger"), 5),
+    "bc_256": ("before", dict(algorithm="bc"), 3),
+}
+ROWS |= {name: ("before", options, 3) for name, options in ABLATIONS.items()}
 ROWS |= {task: (task, {}, 5) for task in ("bipedal", "pendulum", "hopper", "walker2d")}
 ROWS |= {
     f"{task}_{name}": (task, options, 3)
@@ -99,17 +109,18 @@ def obstacle(stream: tuple, actions: np.ndarray) -> str:
     return min(near)[1]
 
 
-def play(config: aggrevated.Config, who: str, episodes: int, weights=None) -> list[tuple]:
+def play(config: aggrevated.Config, who: str, task: str, weights=None) -> list[tuple]:
     """A row of test.csv per test episode of "learner" or "expert", by the mean action."""
+    _, episodes, stream = TASKS[task]
     config.n_workers, config.init_path = 1, ""
     agent = aggrevated.AggreVateDAgent(config)
     if weights is not None:
         agent.policy.load_state_dict(weights)
     rows = []
-    for i, t in enumerate(agent.evaluate(who, episodes, aggrevated.TEST)):
-        score, stream = float(t.rewards.sum()), (aggrevated.TEST, i)
+    for i, t in enumerate(agent.evaluate(who, episodes, stream)):
+        score = float(t.rewards.sum())
         failed = config.env_name == HARDCORE and score < 250
-        end = obstacle(stream, t.actions) if failed else ""
+        end = obstacle((stream, i), t.actions) if failed else ""
         rows.append((i, round(score, 3), len(t.rewards), end))
     return rows
 
@@ -124,21 +135,20 @@ def write(path: Path, played: dict[str, list[tuple]]) -> None:
 
 def score_expert(task: str) -> None:
     """expert_TASK/test.csv: the expert itself on the test episodes of its task."""
-    options, episodes = TASKS[task]
     path = HERE / f"expert_{task}" / "test.csv"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        config = aggrevated.Config(**options).check()
-        write(path, {"expert": play(config, "expert", episodes)})
+        config = aggrevated.Config(**TASKS[task][0]).check()
+        write(path, {"expert": play(config, "expert", task)})
 
 
-def score(run: Path, episodes: int) -> None:
+def score(run: Path, task: str) -> None:
     """run/test.csv: the iterate that validation chose, and the last one."""
     best, last = (aggrevated.load_checkpoint(run / f"{name}.pt") for name in ("best", "last"))
-    played = {"best": play(best["config"], "learner", episodes, best["policy"])}
+    played = {"best": play(best["config"], "learner", task, best["policy"])}
     same = best["iteration"] == last["iteration"]
     played["last"] = (
-        played["best"] if same else play(last["config"], "learner", episodes, last["policy"])
+        played["best"] if same else play(last["config"], "learner", task, last["policy"])
     )
     write(run / "test.csv", played)
     (run / "last.pt").unlink()  # it holds the experience
@@ -179,7 +189,7 @@ def main() -> None:
             if not run.exists():
                 train(row, seed, run)
             if not (run / "test.csv").exists():
-                score(run, TASKS[task][1])
+                score(run, task)
             print(f"{run.name} scored", flush=True)
 
 
