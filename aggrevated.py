@@ -620,7 +620,7 @@ def film(agent: AggreVateDAgent, path: Path) -> None:
         env = make_env(agent.config.env_name, render_mode="rgb_array")
         env.reset(seed=int(np.random.default_rng((VALIDATION, 0)).integers(2**31)))
         for t, action in enumerate(episode.actions):
-            if t % 5 == 0:
+            if t % 5 == 0:  # method 2, an octree, is the fast one
                 frames.append(Image.fromarray(env.render()[::2, ::2]).quantize(32, method=2))
             env.step(action)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)

@@ -165,9 +165,8 @@ def hardcore_table() -> str:
     """The result: every row of the task below its expert, the best first."""
     lines = [HEAD.format("policy", "its expert", "its expert")]
     for task, name in EXPERTS.items():
-        rows = scored(*(row for row, (of, _, _) in ROWS.items() if of == task))
-        rows = [row for row in rows if row not in ABLATIONS]
-        rows.sort(key=lambda row: -returns(row, "best").mean())
+        rows = [row for row, (of, _, _) in ROWS.items() if of == task and row not in ABLATIONS]
+        rows = sorted(scored(*rows), key=lambda row: -returns(row, "best").mean())
         lines += [expert_line(task, name), *(line(row, against_expert(task)) for row in rows)]
     return "\n".join(lines)
 
@@ -175,12 +174,10 @@ def hardcore_table() -> str:
 def ablation_table() -> str:
     """What changes when one choice of the default before is changed."""
     before = {who: returns("before", who) for who in ("best", "last")}
-    lines = [HEAD.format("policy", "all 256 units", "all 256 units")]
-    lines.append(expert_line("before", "expert 1"))
-    lines.append(line("before", before, "256 units"))
+    lines = [HEAD.format("256 units, but", "256 units alone", "256 units alone")]
     for row in scored(*ABLATIONS):
         changed = ", ".join(f"`{k}` {v}" for k, v in ABLATIONS[row].items() if k != "eval_every")
-        lines.append(line(row, before, f"256 units, but {changed}"))
+        lines.append(line(row, before, changed))
     return "\n".join(lines)
 
 

@@ -29,11 +29,11 @@ import aggrevated  # noqa: E402
 
 SAC = "rl-trained-agents/sac/{0}_{1}/{0}.zip"
 HARDCORE = "BipedalWalkerHardcore-v3"
-OLD = 14  # a test stream seen before the last choice, 128 units; that was not made on its tasks
+OLD = 14  # a test stream seen before the last choice, 128 units, which validation made
 TASKS = {  # name: (options, test episodes, their stream)
     "hardcore": ({}, 500, aggrevated.TEST),
     "suboptimal": (dict(expert_path=SAC.format(HARDCORE, 2)), 500, aggrevated.TEST),
-    "before": (dict(hidden_dim=256), 500, OLD),  # the default before
+    "before": (dict(hidden_dim=256), 500, OLD),  # the Hardcore task for the default before
     "bipedal": (dict(env_name="BipedalWalker-v3"), 100, OLD),
     "pendulum": (dict(env_name="Pendulum-v1"), 100, OLD),
     "hopper": (dict(env_name="Hopper-v5", expert_path=SAC.format("Hopper-v3", 1)), 100, OLD),
@@ -52,7 +52,7 @@ FIGURE_2 = {
     "dagger": dict(algorithm="dagger"),
     "reinforce": dict(algorithm="reinforce", lr=1e-3, **LONG) | MUJOCO,
 }
-FEW = dict(max_iteration=5, update_sz=30_000)  # a third of the steps, a fifteenth of the draws
+FEW = dict(max_iteration=5, update_sz=30_000)  # a third of the iterations, a fifteenth of the draws
 ABLATIONS = {  # of the default before
     "cut_100": dict(gap_cut=100.0),
     "factor_1": dict(gap_factor=1.0),
