@@ -1,135 +1,157 @@
-"""Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030) on BipedalWalkerHardcore-v3.
+"""Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030).
 
-A tanh-Gaussian learner imitates a Stable-Baselines3 SAC agent, whose critics supply the expert's
-cost-to-go Q*.  Rewards are maximised here where the paper minimises costs.
+A tanh-Gaussian learner imitates a Stable-Baselines3 SAC agent, whose critics supply the
+expert's cost-to-go Q*.  Rewards are maximised here where the paper minimises costs.
 
-    python aggrevated.py                          train with the defaults
-    python aggrevated.py --seed 3 --K 20          every Config field is an option
-    python aggrevated.py --resume logs/RUN        go on where a run was stopped
-    python aggrevated.py --evaluate logs/RUN      score its best policy on fresh episodes
+    python aggrevated.py                        train with the defaults
+    python aggrevated.py --seed 3 --K 20        every Config field is an option
+    python aggrevated.py --resume logs/RUN      go on where a run was stopped
+    python aggrevated.py --evaluate logs/RUN    score its best iterate on fresh episodes
 
-The paper's Algorithm 1 in the names of this file, which lays them out from top to bottom:
+The paper's Algorithm 1 is `AggreVateDAgent.train`, in the names of this file:
 
-    for n = 1 .. max_iteration:            iterate(n)
-        alpha = decay_alpha(n)             1, falling linearly to 0
-        trajectories = simulate(...)       K of the mixture, at most H steps each
-        label(trajectories)                the expert's action in every state, and its Q*
-        update(n)                          climbs mean_s[ w(s) log pi(target | s) ]
-        validate(run_dir)                  now and then: keeps the best iterate
+    for n = 1 .. max_iteration:
+        alpha       the expert's share of the roll-in: 1 at first, falling linearly to 0
+        simulate    K trajectories of the mixture, at most H steps each
+        label       in every visited state the action to imitate, and its Q*
+        update      Adam on -mean[ w log pi(target | s) ], or natural steps
+        validate    now and then; best.pt keeps the latest iterate within two standard
+                    errors of the best
 
-The default's target is the expert's action, its weight what Q* says the learner's own action would
-cost there: a regression that needs few steps.  `--algorithm score` is the paper's own gradient.
+What is made likelier, and with which weight, is what the algorithms differ in: see FAMILY.
+The default's target is the expert's action (with evaluated critics: improved by them), its
+weight what the learner's own would cost there by Q*: a regression that needs few steps.
+`--algorithm score` is the paper's own gradient.
 """
 
 import argparse
-import copy
-import csv
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
 import time
-import warnings
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import zlib
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: a roll-in worker has one core
+if __name__ == "__main__":  # what must be set before numpy and CUDA are loaded
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a roll-in worker has one core
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
 import gymnasium as gym
 import numpy as np
 import torch
-from PIL import Image
-from stable_baselines3.common.save_util import load_from_zip_file
+from PIL import Image, ImageDraw
 from stable_baselines3.sac.policies import SACPolicy
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
-from torch.distributions import Normal, TransformedDistribution, kl_divergence
-from torch.distributions.transforms import AffineTransform, TanhTransform
-from torch.nn.functional import gelu
+from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import gelu, softplus
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-Normal.set_default_validate_args(False)  # `update` finds what is not finite
-# Every random stream is a pure function of (purpose, seed, counters): evaluating more often cannot
-# disturb training, and a resumed run needs no generator states.  No setting was chosen by TEST.
-ROLL_IN, UPDATE, VALIDATION, TEST = 0, 1, 3, 15
+# Random streams, pure functions of (purpose, ...): evaluating more often cannot disturb
+# training, and a resumed run needs no generator states.
+ROLL_IN = 0  # + (seed, n, k): terrain, mixture, noise of iteration n's trajectory k
+UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
+VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
+TEST = 16  # + (i,): terrain of test episode i, on which nothing is ever chosen
+
+FORMAT = 2  # of the checkpoints; another number is another network function
+INPUT_BOUND = 10.0  # of standardised inputs: what was constant at first may change later
+EARLY = 3  # iterations in which the return rises: a short evaluation after each
 
 
 class UserError(Exception):
     """What a user can mend; the message is one sentence that says how."""
 
 
+# what reading a damaged file raises
+BAD_FILE = OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile
+BAD_FILE += pickle.UnpicklingError, zlib.error
+
+
 @contextmanager
-def mend(sentence: str):
-    """Whatever goes wrong inside becomes a UserError that says so and names the mend."""
+def user_error_if(errors, sentence: str):
+    """These errors inside become a UserError that says so and names the mend."""
     try:
         yield
-    except Exception as error:  # a foreign or damaged file raises a dozen types
+    except errors as error:
         raise UserError(f"{sentence} ({error!r:.150}).") from None
 
 
-# == 1. Config: every setting ====================================================================
-ALGORITHMS = "bc", "dagger", "aggrevate", "aggrevated", "score", "minmax", "reinforce"
-
-
-def option(default, note: str, low=-math.inf, high=math.inf, choices=None):
+# == 1. Config: every setting ==========================================================
+def option(default, note: str, low=-math.inf, high=math.inf, choices=()):
     """A Config field with its note (unit, why, sensible range) and its legal values."""
-    return field(default=default, metadata=dict(note=note, low=low, high=high, choices=choices))
+    legal = dict(note=note, low=low, high=high, choices=choices)
+    return field(default_factory=lambda: default, metadata=legal)
 
 
 @dataclass
 class Config:
     """Every setting; each field is a command-line option too."""
 
-    env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id; bounded Box actions")
-    expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/{env}_1/{env}.zip")
-    algorithm: str = option("aggrevated", "score: the paper's own; see weigh", choices=ALGORITHMS)
-    optimizer: str = option("adam", "natural: one natural step a pass", choices=("adam", "natural"))
-    init_path: str = option("", "checkpoint whose policy to start from; none: start at random")
+    env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id, or module:id")
+    env_kwargs: dict = option({}, "more for gym.make, as JSON")
+    expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/ENV_1/ENV.zip")
+    algorithm: str = option("aggrevated", "member of the FAMILY")
+    optimizer: str = option("adam", "or natural steps", choices=("adam", "natural"))
+    init_path: str = option("", "run or policy file to start from; none: at random")
     seed: int = option(0, "of everything random", 0, 2**32)
-    device: str = option("auto", "of the update: CUDA if there is one", choices=("auto", "cpu"))
-    n_workers: int = option(2, "processes that simulate, and threads of the update", 1, 64)
-    max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", low=1)
-    alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 60", low=1)
-    K: int = option(10, "trajectories per iteration; 5 to 100", low=1)
-    H: int = option(2000, "longest trajectory [steps]; the task's own limit is 2000", low=1)
-    roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins; 0 to 1", 0, 10)
-    max_experience_len: int = option(300_000, "newest transitions that are kept", low=1)
-    hidden_dim: int = option(128, "units in each of the two hidden layers; 64 to 512", low=1)
-    lr: float = option(1e-2, "Adam's first step size of an update; falls to 0 in it", 1e-12, 1)
-    update_sz: int = option(150_000, "transitions drawn for an update; 50k to 300k", low=1)
-    batch_sz: int = option(1024, "transitions per minibatch; 128 to 1024", low=1)
-    train_repeat: int = option(1, "passes over the drawn transitions; 1 to 10", low=1)
-    gap_factor: float = option(3.0, "weight of the normalised gap beside 1; 1 to 10", 0, 1e6)
-    gap_cut: float = option(20.0, "largest weight before normalisation; 5 to 50", 1, 1e6)
-    kl_step: float = option(0.01, "natural: KL between old and new policy [nats]", 1e-12, 10)
-    gamma: float = option(0.0, "discount of REINFORCE; 0: the one that Q* has", 0, 1)
-    eval_every: int = option(5, "iterations between evaluations; training does not notice", low=1)
-    eval_episodes: int = option(20, "episodes per evaluation; 10 to 500", low=1)
+    device: str = option("auto", "CUDA if there is one", choices=("auto", "cpu"))
+    n_workers: int = option(2, "processes that simulate, threads of the update", 1, 64)
+    max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", 1)
+    alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 60", 1)
+    K: int = option(10, "trajectories per iteration; 5 to 100", 1)
+    H: int = option(2000, "longest trajectory [steps]; the task's limit is 2000", 1)
+    roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins", 0, 10)
+    max_experience_len: int = option(300_000, "newest transitions that are kept", 1)
+    candidates: int = option(16, "M actions around the expert's, weighed by Q*", 1, 1024)
+    candidate_noise: float = option(0.3, "their deviation; actions in [-1, 1]", 0, 2)
+    temperature: float = option(0.25, "tau of their softmax [Q*]; 0.1 to 1", 1e-6, 1e6)
+    hidden_dim: int = option(128, "units in each of two hidden layers; 64 to 512", 1)
+    lr: float = option(1e-2, "Adam's first step size of an update; falls to 0", 1e-12, 1)
+    update_sz: int = option(150_000, "transitions drawn for an update; 50k to 300k", 1)
+    batch_sz: int = option(1024, "transitions per minibatch; 128 to 1024", 1)
+    train_repeat: int = option(1, "passes over the drawn transitions; 1 to 10", 1)
+    gap_factor: float = option(3.0, "weight of the normalised gap; 0 to 10", 0, 1e6)
+    gap_cut: float = option(20.0, "largest weight; 5 to 50", 1, 1e6)
+    kl_step: float = option(0.01, "KL of a natural step [nats]; 0.01 to 0.1", 1e-12, 10)
+    gamma: float = option(0.0, "discount of REINFORCE; 0: the one of Q*", 0, 1)
+    eval_every: int = option(5, "iterations between whole evaluations", 1)
+    eval_episodes: int = option(20, "episodes of a whole evaluation; 10 to 500", 1)
     log_dir: str = option("logs", "parent of the run folders")
 
     def check(self) -> "Config":
-        """Raise UserError unless every number is in its range; name the expert."""
+        """UserError unless all types and ranges are right; 3e5 is a whole number."""
         for f in fields(self):
-            value, m = getattr(self, f.name), f.metadata
-            if f.type is not str and not m["low"] <= value <= m["high"]:
-                raise UserError(f"{f.name} is {value}; give {m['low']} to {m['high']}.")
-            if m["choices"] and value not in m["choices"]:
-                raise UserError(f"{f.name} is {value!r}; give one of {', '.join(m['choices'])}.")
-        zoo = "rl-trained-agents/sac/{0}_1/{0}.zip"  # the RL Zoo's layout
-        self.expert_path = self.expert_path or zoo.format(self.env_name)
+            value, legal = getattr(self, f.name), option(None, "").metadata | f.metadata
+            if f.type in (int, float) and type(value) in (int, float) and value % 1 == 0:
+                value = f.type(value)
+                setattr(self, f.name, value)
+            if type(value) is not f.type:
+                raise UserError(f"{f.name} is {value!r}; its type is {f.type.__name__}.")
+            low, high = legal["low"], legal["high"]
+            if f.type in (int, float) and not low <= value <= high:
+                raise UserError(f"{f.name} is {value}; give {low} to {high}.")
+            choices = tuple(FAMILY) if f.name == "algorithm" else legal["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{f.name} is {value}; give one of {', '.join(choices)}.")
         return self
 
 
-# == 2. The learner: a tanh-Gaussian policy on any bounded Box ===================================
+# == 2. The learner: a tanh-Gaussian policy on any bounded Box =========================
 class PolicyNetwork(nn.Module):
     """a = offset + scale * tanh(u), u ~ N(mean(s), std(s)).
 
@@ -137,26 +159,32 @@ class PolicyNetwork(nn.Module):
     log-probabilities (N, 1), with respect to those units.
     """
 
-    log_std_min, log_std_max = -2.0, -1.0  # lower: gradients explode; higher: noisy roll-ins
+    log_std_min, log_std_max = -2.0, -1.0  # lower: huge gradients; higher: noisy roll-ins
 
     def __init__(self, observation_space, action_space, hidden_dim):
         super().__init__()
-        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
-        state_dim = observation_space.shape[0]
+        low, high = torch.tensor(np.array([action_space.low, action_space.high]))
+        state_dim, action_dim = observation_space.shape[0], action_space.shape[0]
         self.fc1 = nn.Linear(state_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.mean = nn.Linear(hidden_dim, len(low))
-        self.log_std = nn.Linear(hidden_dim, len(low))
-        self.register_buffer("scale", (high - low) / 2, persistent=False)
-        self.register_buffer("offset", (high + low) / 2, persistent=False)
+        self.mean = nn.Linear(hidden_dim, action_dim)
+        self.log_std = nn.Linear(hidden_dim, action_dim)
+        self.register_buffer("scale", ((high - low) / 2).float())
+        self.register_buffer("offset", ((high + low) / 2).float())
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
 
+    def standardise_inputs(self, state):
+        """Take these states' mean and deviation: once, for later it would change pi."""
+        self.state_mean.copy_(state.mean(dim=0))
+        self.state_std.copy_(state.std(dim=0, correction=0).clamp(min=1e-3))
+
     def forward(self, state):
         """Mean and standard deviation (N, action_dim) of u, before the tanh."""
-        x = gelu(self.fc1((state - self.state_mean) / self.state_std))
-        x = gelu(self.fc2(x))  # with relu the same fit takes twice the updates
-        share = torch.sigmoid(self.log_std(x))  # unlike a clamp's, its gradient never dies
+        x = ((state - self.state_mean) / self.state_std).clamp(-INPUT_BOUND, INPUT_BOUND)
+        x = gelu(self.fc1(x), approximate="tanh")
+        x = gelu(self.fc2(x), approximate="tanh")  # relu's fit takes twice the updates
+        share = torch.sigmoid(self.log_std(x))  # a clamp's gradient would die
         log_std = self.log_std_min + share * (self.log_std_max - self.log_std_min)
         return self.mean(x), log_std.exp()
 
@@ -164,148 +192,226 @@ class PolicyNetwork(nn.Module):
         """The deterministic action: the mean, squashed."""
         return self.offset + self.scale * torch.tanh(self(state)[0])
 
-    def distribution(self, state) -> TransformedDistribution:
-        """pi(. | state); its caches spare a sample's log-probability the atanh."""
-        u, into_range = Normal(*self(state)), AffineTransform(self.offset, self.scale, cache_size=1)
-        return TransformedDistribution(u, [TanhTransform(cache_size=1), into_range])
-
     def sample(self, state):
         """A reparameterised sample and its log-probability."""
-        pi = self.distribution(state)
-        action = pi.rsample()
-        return action, pi.log_prob(action).sum(dim=1, keepdim=True)
+        mean, std = self(state)
+        u = mean + std * torch.randn_like(mean)
+        action = self.offset + self.scale * torch.tanh(u)
+        return action, self.get_log_prob(state, action)
 
     def get_log_prob(self, state, action):
-        """log pi(action | state)."""
-        return self.distribution(state).log_prob(self.inside(action, 1 - 1e-6)).sum(1, keepdim=True)
+        """log pi(action | state): a Gaussian's in u, less log |da/du|."""
+        mean, std = self(state)
+        share = (action - self.offset) / self.scale
+        u = torch.atanh(share.clamp(-1 + 1e-6, 1 - 1e-6))  # atanh(1) is inf
+        gaussian = -(((u - mean) / std) ** 2 + math.log(2 * math.pi)) / 2 - std.log()
+        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # stable log(1 - tanh(u)^2)
+        return (gaussian - log_slope - self.scale.log()).sum(dim=1, keepdim=True)
 
-    def inside(self, action, share=0.99):
-        """Actions cut to this share of the range: at its ends, where experts act, atanh is inf."""
-        return action.clamp(self.offset - share * self.scale, self.offset + share * self.scale)
-
-    @torch.inference_mode()
-    def act(self, state: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """The action of u = mean + std * noise, from arrays, on the CPU: what the roll-in calls."""
-        mean, std = self(torch.from_numpy(state))
-        return (self.offset + self.scale * torch.tanh(mean + std * torch.from_numpy(noise))).numpy()
+    def clip_to_range(self, action, share=0.99):
+        """Actions cut to this share of the range; experts act at its very ends."""
+        reach = share * self.scale
+        return action.clamp(self.offset - reach, self.offset + reach)
 
 
-# == 3. The expert: a SAC agent whose twin critics are Q* ========================================
-def sizes(weights: dict, prefix: str) -> list[int]:
+SQRT_2_PI = math.sqrt(2 / math.pi)
+
+
+class NumpyPolicy:
+    """A PolicyNetwork's weights as arrays: for one state torch takes five times as long.
+
+    It plays, and is what `load_policy` gives: SB3's `evaluate_policy` takes it.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        self.w = {name: x.cpu().numpy() for name, x in weights.items()}
+
+    def act(self, state, noise=None):
+        """The action of u = mean + std * noise: float32, for one state or a batch."""
+        w = self.w
+        x = (state - w["state_mean"]) / w["state_std"]
+        x = np.clip(x, -INPUT_BOUND, INPUT_BOUND)
+        for layer in ("fc1", "fc2"):
+            x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
+            x = x / 2 * (1 + np.tanh(SQRT_2_PI * (x + 0.044715 * x * x * x)))  # gelu
+        u = x @ w["mean.weight"].T + w["mean.bias"]
+        if noise is not None:
+            share = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
+            low, high = PolicyNetwork.log_std_min, PolicyNetwork.log_std_max
+            u = u + np.exp(low + share * (high - low)) * np.float32(noise)
+        return w["offset"] + w["scale"] * np.tanh(u)
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        """SB3's: (action, state), by the mean or sampled, of one observation or a batch."""
+        observation = np.asarray(observation, dtype=np.float32)
+        shape = *observation.shape[:-1], len(self.w["scale"])
+        noise = None if deterministic else np.random.standard_normal(shape)
+        return self.act(observation, noise), state
+
+
+# == 3. The expert: a SAC agent whose twin critics are Q* ==============================
+OTHER_AGENTS = {  # known by a name among their weights
+    "action_net.weight": "a PPO or A2C agent",
+    "q_net.q_net.0.weight": "a DQN agent",
+    "actor_target.mu.0.weight": "a TD3 or DDPG agent",
+}
+
+
+def layer_sizes(weights: dict, prefix: str) -> list[int]:
     """Output sizes of the linear layers under a prefix, in order."""
     return [len(w) for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
+
+
+def read_sac_zip(path) -> tuple[dict, dict]:
+    """Weights and settings of an SB3 SAC agent; UserError unless it is one.
+
+    Nothing in the file can run code: torch reads weights only, and the rest is plain JSON.
+    """
+    if not Path(path).exists():
+        raise UserError(f"There is no {path}; set --expert_path to a SAC zip.")
+    with user_error_if(BAD_FILE, f"{path} is damaged or no SB3 agent; set --expert_path"):
+        with zipfile.ZipFile(path) as archive:
+            with archive.open("policy.pth") as pth:
+                weights = torch.load(pth, map_location="cpu", weights_only=True)
+            data = json.loads(archive.read("data"))
+    one_output = layer_sizes(weights, "critic.qf0.")[-1:] == [1]  # TQC's critics have 25
+    if "actor.latent_pi.0.weight" not in weights or not one_output:
+        kinds = [kind for name, kind in OTHER_AGENTS.items() if name in weights]
+        kind = (kinds + ["another kind of agent (TQC?)"])[0]
+        raise UserError(f"{path} holds {kind}, no SAC critics; set --expert_path.")
+    return weights, data
 
 
 class SACExpert:
     """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
 
-    Q* is what SAC learned: discounted by SAC's gamma, entropy bonus and all.
-    Raises UserError if the file is not a SAC zip or does not fit the spaces.  Nothing in it can run
-    code: SB3 reads the weights by torch's `weights_only`, and the rest is plain JSON.
+    Q* is what the zip's critics say: discounted, and SAC's own with its entropy bonus, or
+    evaluated (`evaluated` says how).  UserError unless it fits the spaces.
     """
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
-        with mend(f"{path} is no SB3 SAC agent for this environment; set another --expert_path"):
-            weights = load_from_zip_file(path, load_data=False, device="cpu")[1]["policy"]
-            with zipfile.ZipFile(path) as archive:
-                data = json.loads(archive.read("data"))
-            kwargs = data.get("policy_kwargs") or {}
-            activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
-            pi, qf = (sizes(weights, prefix) for prefix in ("actor.latent_pi.", "critic.qf0."))
-            policy = SACPolicy(
-                observation_space, action_space, lr_schedule=lambda _: 0.0,
-                net_arch=dict(pi=pi, qf=qf[:-1]),
-                activation_fn=getattr(nn.modules.activation, activation),
-                use_sde=bool(data.get("use_sde")), clip_mean=float(kwargs.get("clip_mean", 2.0)),
-                n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
-            )  # fmt: skip
+        weights, data = read_sac_zip(path)
+        kwargs = data.get("policy_kwargs") or {}
+        activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
+        pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
+        n_critics = len({k.split(".")[1] for k in weights if k.startswith("critic.qf")})
+        how = dict(
+            net_arch=dict(pi=pi, qf=qf[:-1]),
+            activation_fn=getattr(nn, activation),
+            use_sde=bool(data.get("use_sde")),
+            clip_mean=float(kwargs.get("clip_mean", 2.0)),
+            n_critics=n_critics,
+        )
+        policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
+        with user_error_if(RuntimeError, f"{path} is of another task; set --expert_path"):
             policy.load_state_dict(weights)
-            self.gamma = float(data["gamma"])
-        self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu).requires_grad_(False)
-        self.critic = policy.critic.to(device).requires_grad_(False)
-        self.low, self.high = action_space.low, action_space.high
+        self.gamma, self.evaluated = float(data["gamma"]), data.get("critics_evaluated")
+        policy.requires_grad_(False)
+        self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu)
+        self.critic = policy.critic.to(device)
+        self.low, self.high = np.float32(action_space.low), np.float32(action_space.high)
+        self.layers = []  # arrays; other activations than ReLU act in torch, more slowly
+        if activation == "ReLU" and not how["use_sde"]:
+            linear = [m for m in self.mean.modules() if isinstance(m, nn.Linear)]
+            self.layers = [(m.weight.T.numpy(), m.bias.numpy()) for m in linear]
 
     def __getstate__(self):
-        return self.__dict__ | dict(critic=None)  # what goes to a roll-in worker only acts
+        """What goes to a roll-in worker, which only acts."""
+        return self.__dict__ | dict(critic=None, mean=None if self.layers else self.mean)
 
     @torch.inference_mode()
     def predict(self, state: np.ndarray) -> np.ndarray:
-        """The deterministic actions (N, action_dim), in the environment's units."""
-        scaled = self.mean(torch.from_numpy(state)).tanh().numpy()  # in [-1, 1]
-        return self.low + 0.5 * (scaled + 1.0) * (self.high - self.low)
+        """The deterministic action, in the environment's units, of one state or a batch."""
+        x = state
+        for weight, bias in self.layers[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        if self.layers:
+            x = x @ self.layers[-1][0] + self.layers[-1][1]
+        else:
+            x = self.mean(torch.from_numpy(x)).numpy()
+        return self.low + 0.5 * (np.tanh(x) + 1) * (self.high - self.low)
 
     @torch.no_grad()
+    def critics(self, state, action):
+        """Q_i(s, a) (..., number of critics)."""
+        low = torch.as_tensor(self.low, device=action.device)
+        high = torch.as_tensor(self.high, device=action.device)
+        scaled = 2 * (action - low) / (high - low) - 1  # the critics know no other units
+        x = torch.cat([state, scaled], dim=-1)
+        return torch.cat([q(x) for q in self.critic.q_networks], dim=-1)
+
     def q_star(self, state, action):
         """Q*(s, a) (N, 1): the smaller critic, as SAC's own target takes it."""
-        low, high = (torch.as_tensor(x, device=action.device) for x in (self.low, self.high))
-        scaled = 2.0 * (action - low) / (high - low) - 1.0  # SB3's critics know no other units
-        return torch.cat(self.critic(state, scaled), dim=1).amin(dim=1, keepdim=True)
+        return self.critics(state, action).amin(dim=-1, keepdim=True)
 
 
-# == 4. Roll-in (line 4 of the paper) ============================================================
+# == 4. Roll-in (line 4 of the paper) ==================================================
 @dataclass(frozen=True)
 class Trajectory:
     """What one environment showed until it ended or `horizon` steps were over."""
 
-    states: np.ndarray  # (T, state_dim)
-    actions: np.ndarray  # (T, action_dim), in the environment's units
+    states: np.ndarray  # (T, state_dim), float32
+    actions: np.ndarray  # (T, action_dim), float32, in the environment's units
     rewards: np.ndarray  # (T,)
 
 
-def make_env(env_name: str, **how) -> gym.Env:
+def make_env(env_name: str, **kwargs) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
-    with mend(f"env_name {env_name!r} cannot be made; check it"):
-        env = gym.make(env_name, disable_env_checker=True, **how)
+    errors = gym.error.Error, ImportError, TypeError
+    with user_error_if(errors, f"{env_name!r} cannot be made; check env_name, env_kwargs"):
+        env = gym.make(env_name, disable_env_checker=True, **kwargs)
     spaces = env.observation_space, env.action_space
     boxes = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in spaces)
     if not boxes or not env.action_space.is_bounded():
-        raise UserError(f"{env_name} has {spaces}; choose one with 1-D Boxes and bounded actions.")
+        no = "discrete or unbounded actions and images are not supported"
+        raise UserError(f"{env_name} has {spaces}: {no}; choose another task.")
     return env
 
 
-def mixed_policy(policy, expert, state, expert_turn, noise) -> np.ndarray:
-    """Actions (n, action_dim): the expert's where `expert_turn` (n,), else a sample of pi."""
-    action, own = np.empty_like(noise), ~expert_turn
-    if expert_turn.any():
-        action[expert_turn] = expert.predict(state[expert_turn])
-    if own.any():
-        action[own] = policy.act(state[own], noise[own])
-    return action
+def terrain_seed(rng: np.random.Generator) -> int:
+    """The environment's seed: the first number of a random stream."""
+    return int(rng.integers(2**31))
 
 
-def roll_in(policy, expert, env_name, alpha, noise_scale, horizon, streams) -> list[Trajectory]:
-    """A trajectory per random stream, all stepped side by side with one batched call per step.
+def seed_torch(stream: tuple) -> None:
+    """Candidates, samples and minibatches of an iteration are drawn by torch."""
+    torch.manual_seed(int(np.random.default_rng(stream).integers(2**62)))
 
-    At every step the expert acts with probability `alpha`, else the learner, with its noise scaled
-    by `noise_scale`.  A stream seeds its trajectory's terrain, mixture and noise.
+
+def mixed_policy(learner, expert, state, alpha, noise_scale, rng):
+    """With probability alpha the expert's action, else the learner's with its noise."""
+    if rng.random() < alpha:
+        return expert.predict(state)
+    return learner.act(state, noise_scale * rng.standard_normal(len(expert.low)))
+
+
+def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, stream):
+    """One Trajectory of the mixture; the stream seeds its terrain, mixture and noise.
+
+    `players` are learner and expert, pickled: torch would send tensors as shared memory.
     """
-    # an environment each: Box2D's worlds carry traces of earlier episodes over a reset
-    envs = [make_env(env_name) for _ in streams]
-    rngs = [np.random.default_rng(stream) for stream in streams]
-    states = [env.reset(seed=int(rng.integers(2**31)))[0] for env, rng in zip(envs, rngs)]
-    by_expert = np.array([rng.random(horizon) < alpha for rng in rngs])  # (n, horizon)
-    shape = horizon, *envs[0].action_space.shape
-    noise = np.array([noise_scale * rng.standard_normal(shape) for rng in rngs], dtype=np.float32)
-    history, running, t = [[] for _ in envs], list(range(len(envs))), 0
-    while running and t < horizon:
-        state, still = np.array([states[i] for i in running], dtype=np.float32), []
-        action = mixed_policy(policy, expert, state, by_expert[running, t], noise[running, t])
-        for i, s, a in zip(running, state, action):
-            states[i], reward, terminated, truncated, _ = envs[i].step(a)
-            history[i].append((s, a, reward))
-            if not (terminated or truncated):
-                still.append(i)
-        running, t = still, t + 1
-    return [Trajectory(*(np.array(column) for column in zip(*rows))) for rows in history]
-
-
-def work(players: bytes, *job) -> list[Trajectory]:
-    """`roll_in` in a worker; pickled by hand, for torch would send tensors as shared memory."""
-    return roll_in(*pickle.loads(players), *job)
+    learner, expert = pickle.loads(players)
+    env = make_env(env_name, **env_kwargs)  # Box2D's worlds keep traces over a reset
+    space, rng = env.action_space, np.random.default_rng(stream)
+    state, _ = env.reset(seed=terrain_seed(rng))
+    steps = []
+    for _ in range(horizon):
+        state = np.asarray(state, dtype=np.float32)
+        if not np.isfinite(state).all():
+            raise UserError(f"{env_name} gave a NaN or infinite observation; mend it.")
+        action = mixed_policy(learner, expert, state, alpha, noise_scale, rng)
+        legal = np.clip(action, space.low, space.high).astype(space.dtype)  # of rounding
+        following, reward, terminated, truncated, _ = env.step(legal)
+        steps.append((state, action, np.asarray(reward).item()))
+        state = following
+        if terminated or truncated:
+            break
+    env.close()
+    return Trajectory(*(np.array(column) for column in zip(*steps, strict=True)))
 
 
 def start_worker() -> None:
-    """What a worker does first; it ends with its parent, however that ends."""
+    """What a roll-in process does first; it ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the parent's handler
     torch.set_num_threads(1)
@@ -313,15 +419,15 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# == 5. What an update is made of: pure functions of tensors =====================================
+# == 5. The family: what its members make likelier, and how much =======================
 def gap_weights(q_expert, q_learner, factor: float, cut: float):
-    """w = min(1 + factor * gap / mean(gap), cut), normalised to mean 1; all (N, 1).
+    """w = min(1 + factor * gap / mean(gap), cut); all (N, 1).
 
-    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what it costs not to do as the expert does.
+    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what not doing as the expert costs.
     """
     gap = (q_expert - q_learner).clamp(min=0)
-    weights = (1 + factor * gap / gap.mean().clamp(min=1e-4)).clamp(max=cut)  # 1e-4: rounding
-    return weights / weights.mean()
+    mean = gap.mean().clamp(min=1e-4)  # less is rounding
+    return (1 + factor * gap / mean).clamp(max=cut)
 
 
 def standardise(x):
@@ -329,371 +435,640 @@ def standardise(x):
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
+def normalize_q_star(q_star):
+    """The first script's weights: Q* of what was done, shifted and scaled to [0, 1]."""
+    return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
+
+
 def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """Discounted sum of the rewards (T,) from each step on."""
-    total, result = 0.0, np.empty(len(rewards))
-    for t in reversed(range(len(rewards))):
-        result[t] = total = rewards[t] + gamma * total
+    result = np.array(rewards, dtype=np.float64)
+    for t in reversed(range(len(rewards) - 1)):
+        result[t] += gamma * result[t + 1]
     return result
 
 
+def expert_action(agent, state):
+    """a* = pi*(s), the deterministic action (N, action_dim)."""
+    return torch.from_numpy(agent.expert.predict(state.cpu().numpy())).to(agent.device)
+
+
+def improved_action(agent, state):
+    """The mean of M candidates around a*, weighed by softmax(A / tau), (N, action_dim).
+
+    This is MPO's E-step (Abdolmaleki et al. 2018) with the expert as proposal.  A is
+    pessimistic: every critic must agree that a candidate is better than a*.
+    """
+    c, improved, a_star = agent.config, [], expert_action(agent, state)
+    if c.candidates == 1 or not agent.expert.evaluated:
+        return a_star
+    pieces = zip(state.split(128), a_star.split(128), strict=True)  # for the CPU's cache
+    for s, a in pieces:
+        noise = c.candidate_noise * torch.randn(c.candidates, *a.shape).to(agent.device)
+        noise[0] = 0  # the first candidate is a* itself
+        action = agent.policy.clip_to_range(a + agent.policy.scale * noise, 1.0)
+        q = agent.expert.critics(s.expand(c.candidates, -1, -1), action)
+        advantage = (q - q[0]).amin(dim=2, keepdim=True)  # (M, n, critics) -> (M, n, 1)
+        weight = torch.softmax(advantage / c.temperature, dim=0)
+        improved.append((weight * action).sum(dim=0))
+    return torch.cat(improved)
+
+
+# Each of these gives (states, what to make likelier there, its weight (N, 1)).
+def imitate(agent, data):
+    """The expert's action, everywhere alike."""
+    target = agent.policy.clip_to_range(data["expert_action"])
+    return data["state"], target, torch.ones_like(data["q_expert"])
+
+
+def imitate_by_gap(agent, data, action=None):
+    """The expert's action, where another one, else the learner's now, costs something."""
+    c, target = agent.config, agent.policy.clip_to_range(data["expert_action"])
+    q = agent.get_q_star(data["state"], action)
+    weight = gap_weights(data["q_expert"], q, c.gap_factor, c.gap_cut)
+    return data["state"], target, weight
+
+
+def imitate_by_executed_gap(agent, data):
+    """The expert's action, where the executed one cost something."""
+    return imitate_by_gap(agent, data, data["action"])
+
+
+@torch.no_grad()  # the samples are data; pathwise gradients would be another estimator
+def score_function(agent, data):
+    """The paper's gradient: two of the learner's own samples by A*, Q* less their mean."""
+    state = data["state"].repeat(2, 1)
+    action, _ = agent.policy.sample(state)
+    q = agent.get_q_star(state, action).view(2, -1, 1)
+    advantage = standardise((q - q.mean(dim=0)).view(-1, 1))
+    return state, action, advantage.clamp(-5, 5)  # one state cannot outweigh a minibatch
+
+
+def min_max(agent, data):
+    """The executed action by its own Q*, as the first script did."""
+    weight = normalize_q_star(agent.get_q_star(data["state"], data["action"]))
+    return data["state"], agent.policy.clip_to_range(data["action"]), weight
+
+
+def reinforce(agent, data):
+    """The executed action by the return that came; no expert."""
+    return data["state"], data["action"], standardise(data["to_go"])
+
+
+@dataclass(frozen=True)
+class Member:
+    """All that makes one algorithm of the family differ from another."""
+
+    alpha: tuple[float, float]  # the expert's share of the roll-in, at first and at last
+    keeps_data: bool  # of earlier iterations; weights are then >= 0
+    label: Callable  # (agent, states) -> the action to imitate
+    targets_and_weights: Callable  # (agent, data) -> states, targets, weights
+
+
+FAMILY = {
+    "bc": Member((1, 1), True, expert_action, imitate),
+    "dagger": Member((1, 0), True, expert_action, imitate),
+    "aggrevate": Member((1, 0), True, expert_action, imitate_by_executed_gap),
+    "aggrevated": Member((1, 0), True, improved_action, imitate_by_gap),
+    "score": Member((1, 0), False, expert_action, score_function),
+    "minmax": Member((1, 0), False, expert_action, min_max),
+    "reinforce": Member((0, 0), False, expert_action, reinforce),
+}
+
+
+def decay_alpha(alpha: tuple[float, float], n: int, iterations: int) -> float:
+    """The mixing rate alpha_n: linearly from its first value to its last, where it stays."""
+    first, last = alpha
+    return last + (first - last) * max(0.0, 1.0 - (n - 1) / iterations)
+
+
+# == 6. The natural step (section 5.2) =================================================
+FISHER_STATES = 10_000  # enough for the Fisher matrix
+CG_ITERATIONS, DAMPING, HALVINGS = 10, 0.1, 10  # the first author's
+
+
 def mean_kl(old, new) -> torch.Tensor:
-    """Mean KL(old || new) of Gaussians given as (mean, std), (N, action_dim); tanh keeps it."""
+    """Mean KL(old || new) of Gaussians (mean, std), (N, action_dim) each; tanh keeps it."""
     return kl_divergence(Normal(*old), Normal(*new)).sum(dim=1).mean()
 
 
-def conjugate_gradient(product, b, iterations=10) -> torch.Tensor:
-    """An approximate x with product(x) = b, for a symmetric positive definite `product`."""
-    x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
+def conjugate_gradient(A: Callable, b, iterations=CG_ITERATIONS) -> torch.Tensor:
+    """An approximate x with A(x) = b, for a symmetric positive definite product A."""
+    x, r = torch.zeros_like(b), b
+    p = r
     for _ in range(iterations):
-        if square < 1e-20:
+        rr, Ap = r @ r, A(p)
+        if rr < 1e-20:  # solved
             break
-        image = product(direction)
-        length = square / (direction @ image)
-        x, residual = x + length * direction, residual - length * image
-        square, before = residual @ residual, square
-        direction = residual + square / before * direction
+        step = rr / (p @ Ap)
+        x = x + step * p
+        r = r - step * Ap
+        p = r + (r @ r) / rr * p
     return x
 
 
-def natural_step(policy, loss_of, state, kl_step: float):
-    """Step along -I(theta)^-1 grad (section 5.2) to a KL of kl_step; the loss before it."""
-    parameters, loss, grad = list(policy.parameters()), loss_of(), torch.autograd.grad
-    gradient, new = parameters_to_vector(grad(loss, parameters)), policy(state[:10_000])
-    kl = mean_kl([x.detach() for x in new], new)  # its Hessian at theta itself is I(theta)
-    slope = parameters_to_vector(grad(kl, parameters, create_graph=True))
+def natural_step(policy, loss_of: Callable, state, kl_step: float):
+    """Step along -I(theta)^-1 grad to a KL of kl_step; the loss before it."""
+    parameters, loss = list(policy.parameters()), loss_of()
+    gradient = parameters_to_vector(torch.autograd.grad(loss, parameters))
+    new = policy(state[:FISHER_STATES])
+    kl = mean_kl([x.detach() for x in new], new)  # its Hessian at theta is I(theta)
+    slope = parameters_to_vector(torch.autograd.grad(kl, parameters, create_graph=True))
 
-    def product(v):  # (I(theta) + damping) v
-        return parameters_to_vector(grad(slope @ v, parameters, retain_graph=True)) + 0.1 * v
+    def fisher(v):  # (I(theta) + damping) v
+        product = torch.autograd.grad(slope @ v, parameters, retain_graph=True)
+        return parameters_to_vector(product) + DAMPING * v
 
-    step = conjugate_gradient(product, -gradient)
-    step *= (2 * kl_step / (step @ product(step)).clamp(min=1e-12)).sqrt()
+    step = conjugate_gradient(fisher, -gradient)
+    step *= (2 * kl_step / (step @ fisher(step)).clamp(min=1e-12)).sqrt()
     with torch.no_grad():
-        old, start = policy(state), parameters_to_vector(parameters)
-        for halving in range(10):  # until the KL is right and the loss falls, or no step at all
-            vector_to_parameters(start + 0.5**halving * step, parameters)
-            if mean_kl(old, policy(state)) <= 1.5 * kl_step and loss_of() < loss:
-                break
-        else:
-            vector_to_parameters(start, parameters)
+        line_search(policy, loss_of, state, step, kl_step)
     return loss.detach()
 
 
-# == 6. The agent: Algorithm 1 ===================================================================
+def line_search(policy, loss_of: Callable, state, step, kl_step: float) -> None:
+    """Halve the step until the KL is right and the loss falls, or take none."""
+    old, loss, parameters = policy(state), loss_of(), list(policy.parameters())
+    start = parameters_to_vector(parameters)
+    for halving in range(HALVINGS):
+        vector_to_parameters(start + 0.5**halving * step, parameters)
+        if mean_kl(old, policy(state)) <= 1.5 * kl_step and loss_of() < loss:
+            return
+    vector_to_parameters(start, parameters)
+
+
+# == 7. The agent ======================================================================
+MAX_GRADIENT_NORM = 10.0  # a saturated action's log-probability has huge gradients
+COLUMNS = "iteration", "env_steps", "seconds", "policy", "episode", "return", "length"
+
+
 class AggreVateDAgent:
     """Learner, expert, optimiser and data of one run; `train` is Algorithm 1."""
 
     def __init__(self, config: Config):
-        self.config = c = config
-        # a fork needs no imports and shares memory; Linux alone has a safe one, before any thread
+        self.config = c = config.check()
+        torch.set_num_threads(1)  # until the workers are forked
+        cuda = torch.cuda.is_available() and c.device == "auto"
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.use_deterministic_algorithms(cuda, warn_only=True)
+        torch.manual_seed(c.seed)
+        env, name = make_env(c.env_name, **c.env_kwargs), c.env_name.split(":")[-1]
+        self.horizon = env.spec.max_episode_steps or c.H  # of an evaluation [steps]
+        self.threshold = env.spec.reward_threshold  # from where on it is solved, or None
+        zoo = Path(__file__).resolve().parent / "rl-trained-agents/sac"
+        self.expert_path = Path(c.expert_path or zoo / f"{name}_1/{name}.zip")
+        spaces = env.observation_space, env.action_space
+        self.expert = SACExpert(self.expert_path, *spaces, self.device)
+        self.policy = PolicyNetwork(*spaces, c.hidden_dim).to(self.device)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), fused=True)
+        self.experience: dict[str, torch.Tensor] = {}  # newest transitions (N, ...)
+        self.iteration = self.env_steps = 0
+        self.seconds = 0.0  # of training
+        self.rows: list[tuple] = []  # of evaluations.csv
+        # a fork needs no imports; Linux alone has a safe one, before any thread
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
         if c.n_workers > 1:
             self.pool.submit(int)  # any job starts them
-        cuda = torch.cuda.is_available() and c.device == "auto"
-        self.device = torch.device("cuda" if cuda else "cpu")
         torch.set_num_threads(c.n_workers)
-        torch.manual_seed(c.seed)
-        env = make_env(c.env_name)
-        spaces = env.observation_space, env.action_space
-        self.horizon = env.spec.max_episode_steps or c.H  # of an evaluation [steps]
-        self.expert = SACExpert(c.expert_path, *spaces, self.device)
-        self.policy = PolicyNetwork(*spaces, c.hidden_dim)
-        self.optimizer = torch.optim.Adam(self.policy.to(self.device).parameters(), fused=True)
-        self.experience: dict[str, torch.Tensor] = {}  # newest transitions, (N, ...) each
-        self.on_policy = c.algorithm in ("score", "minmax", "reinforce")  # no old data
-        self.alpha, self.iteration, self.env_steps, self.seconds = 1.0, 0, 0, 0.0
-        self.best_return, self.rows = -math.inf, []  # rows of evaluations.csv
 
-    def decay_alpha(self, iteration: int) -> float:
-        """The mixing rate alpha_n: 1 in iteration 1, then linearly to 0, and 0 from there."""
-        decayed = max(0.0, 1.0 - (iteration - 1) / self.config.alpha_decay_iterations)
-        self.alpha = {"bc": 1.0, "reinforce": 0.0}.get(self.config.algorithm, decayed)
-        return self.alpha
+    def close(self) -> None:
+        """End the workers, after the trajectories that they are at."""
+        self.pool.shutdown(cancel_futures=True)
 
-    def simulate(self, streams: list, alpha, noise_scale, horizon) -> list[Trajectory]:
-        """`roll_in` by all workers; the trajectories come back in the order of their streams."""
-        players = pickle.dumps((copy.deepcopy(self.policy).cpu(), self.expert))
-        job = partial(work, players, self.config.env_name, alpha, noise_scale, horizon)
-        size = min(math.ceil(len(streams) / self.config.n_workers), 25)  # larger ones end unevenly
-        batches = [streams[i : i + size] for i in range(0, len(streams), size)]
-        run = self.pool.map if self.config.n_workers > 1 else map  # a single one: this process
-        return [trajectory for part in run(job, batches) for trajectory in part]
+    def simulate(self, streams: list, alpha, noise_scale, horizon, bar=None):
+        """A list of `roll_in`'s trajectories, one a stream, played by all workers."""
+        c = self.config
+        players = pickle.dumps((NumpyPolicy(self.policy.state_dict()), self.expert))
+        how = players, c.env_name, c.env_kwargs, alpha, noise_scale, horizon
+        run = self.pool.map if c.n_workers > 1 else map  # a single one: this process
+        played = run(partial(roll_in, *how), streams)
+        with user_error_if(BrokenExecutor, "A worker was killed; set fewer --n_workers"):
+            return list(tqdm(played, bar, total=len(streams), disable=bar is None))
 
     @torch.no_grad()
     def get_q_star(self, state, action=None):
         """Q*(s, a) (N, 1), of the learner's mean action if none is given."""
         states = state.split(2048)  # pieces stay in the CPU's cache
-        actions = map(self.policy.predict, states) if action is None else action.split(2048)
-        q = torch.cat([self.expert.q_star(s, a) for s, a in zip(states, actions)])
+        if action is None:
+            actions = map(self.policy.predict, states)
+        else:
+            actions = action.split(2048)
+        q = torch.cat(list(map(self.expert.q_star, states, actions)))
         if not q.isfinite().all():
             raise UserError("Q* is NaN or infinite on a visited state; use another expert.")
         return q
 
-    def label(self, trajectories: list[Trajectory]) -> None:
-        """Ask expert and Q* about all visited states; they join or (on-policy) replace the old."""
-        gamma = self.config.gamma or self.expert.gamma
-        rows = [(t.states, t.actions, returns_to_go(t.rewards, gamma)) for t in trajectories]
-        arrays = [np.concatenate(column, dtype=np.float32) for column in zip(*rows)]
-        arrays.append(self.expert.predict(arrays[0]))
-        state, action, to_go, expert_action = (torch.from_numpy(x).to(self.device) for x in arrays)
-        new = dict(state=state, action=action, expert_action=expert_action, to_go=to_go[:, None])
-        new["q_expert"] = self.get_q_star(state, expert_action)
-        for name, tensor in new.items():
-            kept = tensor[:0] if self.on_policy else self.experience.get(name, tensor[:0])
-            self.experience[name] = torch.cat([kept, tensor])[-self.config.max_experience_len :]
-
-    @staticmethod
-    def normalize_q_star(q_star):
-        """The first script's weights: Q* of the executed actions, shifted and scaled to [0, 1]."""
-        return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
-
     @torch.no_grad()
-    def weigh(self, e: dict):
-        """(states, what to make likelier there, its weight (N, 1)): how the family differs."""
-        c, policy, state = self.config, self.policy, e["state"]
-        if c.algorithm == "reinforce":
-            return state, e["action"], standardise(e["to_go"])
-        if c.algorithm == "minmax":
-            q_action = self.get_q_star(state, e["action"])
-            return state, policy.inside(e["action"]), self.normalize_q_star(q_action)
-        if c.algorithm == "score":  # A*: Q* less a baseline, its mean over two samples of pi
-            state = state.repeat(2, 1)
-            action, _ = policy.sample(state)
-            q = self.get_q_star(state, action).view(2, -1, 1)
-            return state, action, standardise((q - q.mean(dim=0)).view(-1, 1)).clamp(-5, 5)
-        target, weight = policy.inside(e["expert_action"]), torch.ones_like(e["q_expert"])
-        if c.algorithm in ("aggrevate", "aggrevated"):  # by what was done, or would be done now
-            q = self.get_q_star(state, e["action"] if c.algorithm == "aggrevate" else None)
-            weight = gap_weights(e["q_expert"], q, c.gap_factor, c.gap_cut)
-        return state, target, weight
+    def label(self, trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
+        """What was done, what came, what the expert would do: (N, ...), all visited states."""
+        gamma = self.config.gamma or self.expert.gamma
+        columns = {
+            "state": [t.states for t in trajectories],
+            "action": [t.actions for t in trajectories],
+            "to_go": [returns_to_go(t.rewards, gamma)[:, None] for t in trajectories],
+        }
+        arrays = {k: np.concatenate(x, dtype=np.float32) for k, x in columns.items()}
+        data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
+        data["expert_action"] = FAMILY[self.config.algorithm].label(self, data["state"])
+        data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
+        return data
+
+    def keep(self, new: dict[str, torch.Tensor]) -> None:
+        """New data join the old ones, of which the newest stay, or replace them."""
+        old = self.experience if FAMILY[self.config.algorithm].keeps_data else {}
+        joined = {k: torch.cat([old.get(k, x[:0]), x]) for k, x in new.items()}
+        limit = self.config.max_experience_len
+        self.experience = {k: x[-limit:] for k, x in joined.items()}
 
     def loss(self, state, target, weight):
         """-mean(w log pi(target | s)); (N, 1) * (N, 1)."""
         return -(weight * self.policy.get_log_prob(state, target)).mean()
 
-    def update(self, iteration: int) -> float:
-        """`train_repeat` passes over `update_sz` drawn transitions (line 5); the mean loss."""
-        c, losses = self.config, []
-        torch.manual_seed(np.random.default_rng((UPDATE, c.seed, iteration)).integers(2**62).item())
-        data = state, target, weight = self.weigh(self.experience)
-        if self.on_policy:  # weights with signs stay in the loss
+    def update(self, state, target, weight) -> float:
+        """Draw `update_sz` transitions and step theta by them (line 5): the mean loss."""
+        c = self.config
+        if FAMILY[c.algorithm].keeps_data:  # draw by weight, count alike: less noise
+            share = weight[:, 0].double().cpu()
+            drawn = torch.multinomial(share, c.update_sz, replacement=True)
+            weight = torch.ones_like(weight)
+        else:  # weights with signs stay in the loss
             drawn = torch.randperm(len(weight))[: c.update_sz]
-        else:  # draw by weight, then count alike: the same gradient on average, less noise
-            drawn = torch.multinomial(weight[:, 0].double().cpu(), c.update_sz, replacement=True)
-            data = state, target, torch.ones_like(weight)
-        drawn = drawn.to(self.device)
-        n_batches = c.train_repeat * math.ceil(len(drawn) / c.batch_sz)
-        for _ in range(c.train_repeat):
-            if c.optimizer == "natural":
-                chosen = [x[drawn] for x in data]
-                loss_of = partial(self.loss, *chosen)
-                losses.append(natural_step(self.policy, loss_of, chosen[0], c.kl_step))
-                continue
-            for rows in drawn[torch.randperm(len(drawn)).to(self.device)].split(c.batch_sz):
-                self.optimizer.param_groups[0]["lr"] = c.lr * (1 - len(losses) / n_batches)
-                losses.append(loss := self.loss(*(x[rows] for x in data)))
-                self.optimizer.zero_grad()
-                loss.backward()
-                clip_grad_norm_(self.policy.parameters(), max_norm=10.0)
-                self.optimizer.step()
-        loss = torch.stack(losses).mean().item()
+        data = [x[drawn.to(self.device)] for x in (state, target, weight)]
+        step = self.natural_steps if c.optimizer == "natural" else self.adam_passes
+        loss = torch.stack(step(*data)).mean().item()
         if not math.isfinite(loss):
             raise UserError("The loss became NaN or infinite; lower --lr and start again.")
         return loss
 
-    def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION) -> list[Trajectory]:
-        """Episodes of "learner" or "expert", deterministic, the same terrains at every call."""
+    def adam_passes(self, *data) -> list[torch.Tensor]:
+        """`train_repeat` passes in minibatches; the step size falls to 0 over them."""
+        c, losses = self.config, []
+        n = len(data[0])
+        n_batches = c.train_repeat * math.ceil(n / c.batch_sz)
+        for _ in range(c.train_repeat):
+            for rows in torch.randperm(n).to(self.device).split(c.batch_sz):
+                left = 1 - len(losses) / n_batches
+                self.optimizer.param_groups[0]["lr"] = c.lr * left
+                loss = self.loss(*(x[rows] for x in data))
+                losses.append(loss.detach())
+                self.optimizer.zero_grad()
+                loss.backward()
+                clip_grad_norm_(self.policy.parameters(), MAX_GRADIENT_NORM)
+                self.optimizer.step()
+        return losses
+
+    def natural_steps(self, *data) -> list[torch.Tensor]:
+        """`train_repeat` natural steps on all that was drawn."""
+        c, loss_of = self.config, partial(self.loss, *data)
+        repeats = range(c.train_repeat)
+        return [natural_step(self.policy, loss_of, data[0], c.kl_step) for _ in repeats]
+
+    def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION, bar=None):
+        """Trajectories of "learner" or "expert", mean actions, always on the same terrains."""
         streams = [(stream, i) for i in range(n_episodes or self.config.eval_episodes)]
-        return self.simulate(streams, float(who == "expert"), 0.0, self.horizon)
+        return self.simulate(streams, float(who == "expert"), 0.0, self.horizon, bar)
 
-    def validate(self, run_dir: Path) -> dict[str, float]:
-        """Evaluate the learner, the first time the expert too; keep the best iterate (line 7)."""
-        for who in ("learner",) if self.rows else ("expert", "learner"):
-            now = self.iteration, self.env_steps, round(self.seconds, 1), who
-            for i, t in enumerate(episodes := self.evaluate(who)):
-                self.rows.append([*now, i, float(t.rewards.sum()), len(t.rewards)])
-        columns = "iteration", "env_steps", "seconds", "policy", "episode", "return", "length"
-        with open(run_dir / "evaluations.tmp", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *self.rows])
+    def record(self, who: str, n_episodes: int) -> None:
+        """Evaluate, and add a row an episode to evaluations.csv's."""
+        now = self.iteration, self.env_steps, round(self.seconds, 1), who
+        for i, t in enumerate(self.evaluate(who, n_episodes)):
+            self.rows.append((*now, i, float(t.rewards.sum()), len(t.rewards)))
+
+    def returns_of(self, who: str) -> dict[int, np.ndarray]:
+        """Validation returns (episodes,) by iteration."""
+        returns: dict[int, np.ndarray] = {}
+        for row in self.rows:
+            if row[3] == who:
+                returns[row[0]] = np.append(returns.get(row[0], []), row[5])
+        return returns
+
+    def best_iterate(self) -> int:
+        """The latest iterate within two standard errors of the one with the highest mean.
+
+        The difference is paired, on the same terrains, and the error its own: the highest
+        mean of 20 episodes itself is often luck.  Short evaluations count only while there
+        is nothing else.
+        """
+        learner, episodes = self.returns_of("learner"), self.config.eval_episodes
+        whole = {n: x for n, x in learner.items() if len(x) == episodes}
+        if not whole:
+            return max(learner)
+        best = max(whole.values(), key=np.mean)
+        losses = {n: mean_and_error(best - x) for n, x in whole.items()}
+        return max(n for n, (mean, error) in losses.items() if not mean > 2 * error)
+
+    def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Returns of learner and expert; saves best.pt if this is the best iterate (line 7)."""
+        n, episodes = self.iteration, self.config.eval_episodes
+        solved = self.threshold
+        if not self.rows:
+            self.record("expert", episodes)
+        self.record("learner", episodes if whole else math.ceil(episodes / 4))
+        table = np.array([COLUMNS, *self.rows], dtype=object)
+        np.savetxt(run_dir / "evaluations.tmp", table, "%s", ",")
         os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
-        returns = np.array([t.rewards.sum() for t in episodes])
-        score, luck = float(returns.mean()), 2 * returns.std() / len(returns) ** 0.5
-        best_before, self.best_return = self.best_return, max(self.best_return, score)
-        if score >= best_before - luck:  # a later iterate saw more: two errors are forgiven
-            self.save(run_dir / "best.pt")
-        expert = np.mean([row[5] for row in self.rows if row[3] == "expert"])
-        return {"eval/episode_reward": score, "eval/expert_reward": expert}
+        learner, (expert,) = self.returns_of("learner")[n], self.returns_of("expert").values()
+        if n == self.best_iterate():
+            self.save(run_dir / "best.pt", score=float(learner.mean()))
+        now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:5.0f} s"
+        scores = f"learner {describe(learner, solved)}  expert {expert.mean():.1f}"
+        tqdm.write(f"{now}  {scores}")
+        if n == 1 and solved and expert.mean() < solved - abs(solved) / 2:
+            tqdm.write(f"warning: the expert itself is poor; from {solved:g} on it is solved")
+        return learner, expert
 
-    def iterate(self, n: int) -> dict[str, float]:
-        """Iteration n of Algorithm 1: roll in with the mixture, label with Q*, step the policy."""
-        c, started = self.config, time.perf_counter()
-        streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
-        trajectories = self.simulate(streams, self.decay_alpha(n), c.roll_in_noise, c.H)
-        steps = sum(len(t.rewards) for t in trajectories)
-        self.label(trajectories)
-        state, q_expert = (self.experience[k][-steps:] for k in ("state", "q_expert"))
-        if n == 1 and not c.init_path:  # standardise inputs, once: later it would change pi
-            self.policy.state_mean.copy_(state.mean(dim=0))
-            self.policy.state_std.copy_(state.std(dim=0, correction=0).clamp(min=1e-3))
-        gap = q_expert - self.get_q_star(state)
-        loss = self.update(n)
-        self.env_steps += steps
-        self.seconds += time.perf_counter() - started
-        return {
-            "train/loss": loss,
-            "train/alpha": self.alpha,
-            "train/q_gap": gap.mean(),
-            "rollout/episode_reward": np.mean([t.rewards.sum() for t in trajectories]),
-            "time/env_steps": self.env_steps,
-            "time/seconds": self.seconds,
-        }
+    def save(self, path: Path, **more) -> None:
+        """Write a checkpoint and then rename it: a kill leaves the last one."""
+        now = dict(iteration=self.iteration, env_steps=self.env_steps, seconds=self.seconds)
+        own = dict(format=FORMAT, config=asdict(self.config), policy=self.policy.state_dict())
+        with user_error_if((OSError, RuntimeError), f"{path} cannot be written"):
+            torch.save(own | now | more, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
 
-    def train(self, run_dir: Path) -> None:
-        """Algorithm 1, from the iteration after the last one that was saved."""
-        c, first = self.config, self.iteration + 1
-        (run_dir / "config.json").write_text(json.dumps(asdict(c), indent=1))
-        writer = SummaryWriter(run_dir, purge_step=first)
-        if first == 1:
-            chart = ["Multiline", ["eval/episode_reward", "eval/expert_reward"]]
-            writer.add_custom_scalars({"evaluation": {"learner and expert": chart}})
-            writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in asdict(c).items()))
-        for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
-            scalars = self.iterate(n)
-            self.iteration = n
-            if n % c.eval_every == 0 or n == c.max_iteration:
-                scalars |= self.validate(run_dir)
-                scores = "learner {eval/episode_reward:7.1f}  expert {eval/expert_reward:7.1f}"
-                now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:6.0f} s  "
-                tqdm.write(now + scores.format(**scalars))
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, n)
-            writer.flush()
-            self.save(run_dir / "last.pt")
-        writer.close()
-
-    SAVED = "iteration", "env_steps", "seconds", "best_return", "rows"
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint under a temporary name, then rename it: a kill leaves the last one."""
-        state = {name: getattr(self, name) for name in self.SAVED}
-        state |= dict(config=asdict(self.config), policy=self.policy.state_dict())
-        if path.name == "last.pt":  # what resuming needs and evaluating does not
-            state |= dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+    def save_last(self, run_dir: Path) -> None:
+        """last.pt: what going on needs."""
+        more = dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
+        self.save(run_dir / "last.pt", **more, rows=self.rows)
 
     def load(self, state: dict, policy_only: bool) -> None:
         """Take over what `load_checkpoint` read; UserError if it does not fit."""
-        with mend("The checkpoint does not fit; give one of this network and environment"):
-            self.policy.load_state_dict(state["policy"])
-            if not policy_only:
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.experience = {k: v.to(self.device) for k, v in state["experience"].items()}
-                self.__dict__ |= {name: state[name] for name in self.SAVED}
+        bounds = dict(scale=self.policy.scale, offset=self.policy.offset)  # of the task
+        with user_error_if(RuntimeError, "The policy has other sizes; set --hidden_dim"):
+            self.policy.load_state_dict(state["policy"] | bounds)
+        if policy_only:
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
+        self.iteration, self.env_steps = state["iteration"], state["env_steps"]
+        self.seconds, self.rows = state["seconds"], state["rows"]
+
+    # == 8. Algorithm 1 ================================================================
+    def train(self, run_dir: Path) -> None:
+        """Algorithm 1, from the iteration after the last one that was saved."""
+        c, first = self.config, self.iteration + 1
+        member = FAMILY[c.algorithm]
+        writer, expert_writer = open_logs(run_dir, c, first)
+        for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
+            started = time.perf_counter()
+            seed_torch((UPDATE, c.seed, n))
+            alpha = decay_alpha(member.alpha, n, c.alpha_decay_iterations)
+            streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
+            trajectories = self.simulate(streams, alpha, c.roll_in_noise, c.H)
+            new = self.label(trajectories)
+            if n == 1 and not c.init_path:
+                self.policy.standardise_inputs(new["state"])
+            gap = new["q_expert"] - self.get_q_star(new["state"])
+            self.keep(new)
+            targets = member.targets_and_weights(self, self.experience)
+            loss = self.update(*targets)
+            self.iteration, self.env_steps = n, self.env_steps + len(gap)
+            self.seconds += time.perf_counter() - started
+            now = {
+                "train/loss": loss,
+                "train/alpha": alpha,
+                "train/q_gap": gap.cpu().numpy(),
+                "rollout/episode_reward": [t.rewards.sum() for t in trajectories],
+                "time/env_steps": self.env_steps,
+                "time/seconds": self.seconds,
+            }
+            log(writer, n, now)
+            whole = n % c.eval_every == 0 or n == c.max_iteration
+            if whole or n <= EARLY:
+                learner, expert = self.validate(run_dir, whole)
+                log(writer, n, {"eval/episode_reward": learner})
+                log(expert_writer, n, {"eval/episode_reward": expert})
+            self.save_last(run_dir)
 
 
-# == 7. Files and pictures =======================================================================
-def make_run_dir(config: Config) -> Path:
+# == 9. Logs, files, pictures ==========================================================
+def mean_and_error(x: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error, which is NaN for a single number."""
+    return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
+
+
+def describe(returns: np.ndarray, threshold=None) -> str:
+    """Mean return ± its standard error, and the share that is solved if anything is."""
+    mean, error = mean_and_error(returns)
+    text = f"{mean:7.1f} ± {error:.1f}"
+    return f"{text}, {(returns >= threshold).mean():4.0%} solved" if threshold else text
+
+
+def log(writer: SummaryWriter, n: int, scalars: dict) -> None:
+    """Points at iteration n; of arrays, their means."""
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, np.mean(value), n)
+    writer.flush()
+
+
+def open_logs(run_dir: Path, config: Config, first: int):
+    """TensorBoard's writers: the learner's, and the expert's, beside it as its own run."""
+    settings, default = asdict(config), asdict(Config())
+    (run_dir / "config.json").write_text(json.dumps(settings, indent=1))
+    writer = SummaryWriter(run_dir, purge_step=first)
+    if first == 1:
+        writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in settings.items()))
+        numbers = {k: v for k, v in settings.items() if isinstance(v, (int, float))}
+        changed = {k: str(v) for k, v in settings.items() if v != default[k]}
+        for summary in hparams(changed | numbers, {"eval/episode_reward": 0.0}):
+            writer.file_writer.add_summary(summary)
+    return writer, SummaryWriter(run_dir / "expert", purge_step=first)
+
+
+def make_run_dir(c: Config) -> Path:
     """A fresh folder below log_dir; UserError if it cannot be made."""
-    name = Path(config.env_name).name + time.strftime(f"_s{config.seed}_%Y%m%d_%H%M%S")
-    run_dir = Path(config.log_dir) / f"AggreVateD_{name}"
-    with mend("The run folder cannot be written; set --log_dir"):
-        run_dir.mkdir(parents=True)
-    return run_dir
+    env = c.env_name.split(":")[-1].replace("/", "-")
+    name = f"{c.algorithm}_{env}_s{c.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    run_dir, number = Path(c.log_dir) / name, 1
+    with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
+        Path(c.log_dir).mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                run_dir.mkdir()
+                return run_dir
+            except FileExistsError:  # another run of this second
+                number += 1
+                run_dir = Path(c.log_dir) / f"{name}_{number}"
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's contents, read without running code in it; UserError unless it is one."""
-    with mend(f"{path} is not a checkpoint of this version; give a run folder"):
+def load_checkpoint(path) -> dict:
+    """Contents of a checkpoint, best.pt of a run folder; no code in it is run.
+
+    Raises UserError unless it is one, of this format.
+    """
+    path = Path(path)
+    if (path / "last.pt").exists() and not (path / "best.pt").exists():
+        raise UserError(f"{path} was stopped before it was evaluated; --resume it.")
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"There is no {path}; give a run folder or a policy file.")
+    errors = *BAD_FILE, TypeError  # of a Config with other fields
+    with user_error_if(errors, f"{path} is damaged or of another program; give another"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"] = Config(**state["config"]).check()
-        return state
+        state["config"] = Config(**state["config"])
+        if state.get("format") != FORMAT:
+            raise ValueError(f"format {state.get('format')}, not {FORMAT}: train anew")
+    return state
 
 
-def film(agent: AggreVateDAgent, path: Path) -> None:
-    """The first validation episode as a GIF, every fifth step; no picture is no error."""
+def load_policy(path) -> NumpyPolicy:
+    """The policy of a run folder (its best iterate) or file, with SB3's `predict`."""
+    return NumpyPolicy(load_checkpoint(path)["policy"])
+
+
+def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
+    """Every fifth step of the first validation episode, with step and return."""
+    episode, frames = agent.evaluate(n_episodes=1)[0], []
+    kwargs = agent.config.env_kwargs | dict(render_mode="rgb_array")
+    env = make_env(agent.config.env_name, **kwargs)
+    env.reset(seed=terrain_seed(np.random.default_rng((VALIDATION, 0))))
+    for t, action in enumerate(episode.actions):
+        if t % 5 == 0:
+            frame = Image.fromarray(env.render())
+            frame.thumbnail((480, 480))
+            text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
+            ImageDraw.Draw(frame).text((8, 8), text, "black")
+            frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
+        env.step(action.astype(env.action_space.dtype))
+    env.close()
+    return frames
+
+
+def save_gif(agent: AggreVateDAgent, run_dir: Path) -> None:
+    """`draw_episode` as final.gif and among TensorBoard's IMAGES; none is no error."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    warnings.simplefilter("ignore")  # of a missing display; what matters is said below
-    (episode,), frames = agent.evaluate(n_episodes=1), []
+    path, env_name = run_dir / "final.gif", agent.config.env_name
     try:
-        env = make_env(agent.config.env_name, render_mode="rgb_array")
-        env.reset(seed=int(np.random.default_rng((VALIDATION, 0)).integers(2**31)))
-        for t, action in enumerate(episode.actions):
-            if t % 5 == 0:  # method 2, an octree, is the fast one
-                frames.append(Image.fromarray(env.render()[::2, ::2]).quantize(32, method=2))
-            env.step(action)
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+        frames = draw_episode(agent)
     except Exception as error:  # no display, no OpenGL, an environment without pictures
-        print(f"No {path.name}: {agent.config.env_name} cannot be drawn here ({error}).")
+        print(f"No {path.name}: {env_name} cannot be drawn here ({error!r:.150}).")
+        return
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    image = Summary.Image(encoded_image_string=path.read_bytes())
+    summary = Summary(value=[Summary.Value(tag="final", image=image)])
+    with SummaryWriter(run_dir) as writer:
+        writer.file_writer.add_summary(summary, agent.iteration)
 
 
-# == 8. Command line =============================================================================
-def parse(argv=None) -> dict:
+# == 10. Command line ==================================================================
+ANYWAY = {"n_workers", "device", "expert_path"}
+MAY_CHANGE = {  # what can be given anew with an old run
+    "resume": {"max_iteration"} | ANYWAY,
+    "evaluate": {"eval_episodes", "env_name", "env_kwargs"} | ANYWAY,
+}
+
+
+def json_object(text: str) -> dict:
+    return json.loads(text)
+
+
+def parse(argv: list[str]) -> dict:
     """The options that were given; a wrong one ends in a sentence and exit status 2."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
+    how = dict(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(**how)
     old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", type=Path, metavar="RUN", help="go on from its last.pt")
-    old.add_argument("--evaluate", type=Path, metavar="RUN", help="score its best.pt")
+    old.add_argument("--resume", metavar="RUN", help="go on from its last.pt")
+    old.add_argument("--evaluate", metavar="RUN", help="score its best.pt, or a file")
+    types = {int: float, dict: json_object}  # 3e5 is a whole number: see `check`
     for f in fields(Config):
-        note = f"{f.metadata['note']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=note)
+        default = getattr(Config(), f.name)
+        note = f.metadata.get("note", "") + (f" (default: {default})" if default else "")
+        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
+        kind = types.get(f.type, f.type)
+        parser.add_argument(*names, dest=f.name, type=kind, help=note)
     return vars(parser.parse_args(argv))
 
 
-def open_agent(resume: Path | None, evaluate: Path | None, overrides: dict) -> AggreVateDAgent:
+def open_agent(options: dict) -> AggreVateDAgent:
     """The agent of a new run, of one to go on with, or of one to score."""
-    fixed = overrides.keys() - {"max_iteration", "n_workers", "device"}
-    if resume and fixed:
-        raise UserError(f"--{min(fixed)} cannot change on --resume; start a new run with it.")
-    if resume or evaluate:
-        state = load_checkpoint(resume / "last.pt" if resume else evaluate / "best.pt")
-        agent = AggreVateDAgent(replace(state["config"], **overrides).check())
-        agent.load(state, policy_only=not resume)
+    mode = next((m for m in MAY_CHANGE if m in options), None)
+    changes = {k: v for k, v in options.items() if k != mode}
+    if mode is None:
+        config = Config(**changes).check()
+        state = load_checkpoint(config.init_path) if config.init_path else None
     else:
-        agent = AggreVateDAgent(Config(**overrides).check())
-        if agent.config.init_path:
-            agent.load(load_checkpoint(Path(agent.config.init_path)), policy_only=True)
+        for name in changes.keys() - MAY_CHANGE[mode]:
+            can = ", ".join(sorted(MAY_CHANGE[mode]))
+            raise UserError(f"--{name} cannot change with --{mode}; what can: {can}.")
+        path = Path(options[mode])
+        state = load_checkpoint(path / "last.pt" if mode == "resume" else path)
+        config = replace(state["config"], **changes).check()
+        if mode == "resume" and state["iteration"] >= config.max_iteration:
+            made = f"{path} has made its {state['iteration']} iterations"
+            raise UserError(f"{made}; a larger --max_iteration makes more.")
+    agent = AggreVateDAgent(config)
+    try:
+        if state:
+            agent.load(state, policy_only=mode != "resume")
+        if mode:
+            agent.iteration = state["iteration"]
+    except UserError:
+        agent.close()
+        raise
     return agent
 
 
-def print_scores(agent: AggreVateDAgent) -> int:
-    """The learner beside the expert, by their mean actions, on the same fresh terrains."""
-    played = (agent.evaluate(who, stream=TEST) for who in ("learner", "expert"))
-    learner, expert = (np.array([t.rewards.sum() for t in episodes]) for episodes in played)
-    for who, x in dict(learner=learner, expert=expert, difference=learner - expert).items():
-        error = x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
-        print(f"{who:10s} {x.mean():8.1f} +- {error:.1f} (standard error, {len(x)} episodes)")
-    return 0
+def print_scores(agent: AggreVateDAgent, path: str) -> None:
+    """Learner and expert, by their mean actions, on the same fresh terrains."""
+    c, returns = agent.config, {}
+    print(f"{path}, iteration {agent.iteration}: {c.algorithm} on {c.env_name}")
+    print(f"expert {agent.expert_path}; ± the standard error of {c.eval_episodes} episodes")
+    for who in ("learner", "expert"):
+        episodes = agent.evaluate(who, stream=TEST, bar=who)
+        returns[who] = np.array([t.rewards.sum() for t in episodes])
+        print(f"{who:10s} {describe(returns[who], agent.threshold)}")
+    print(f"difference {describe(returns['learner'] - returns['expert'])}")
+
+
+def print_banner(agent: AggreVateDAgent, run_dir: Path) -> None:
+    """What is run, with what, and what makes an expert silently poor."""
+    c, path, evaluated = agent.config, agent.expert_path, agent.expert.evaluated
+    print(f"AggreVaTeD ({c.algorithm}) on {c.env_name}, seed {c.seed}, {agent.device}")
+    print(f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}")
+    critics = f"evaluated ({c.candidates} candidates)" if evaluated else "as SAC left them"
+    print(f"expert {path}, critics {critics}")
+    folders = [path.parent / x for x in ("", path.stem, c.env_name.split(":")[-1])]
+    if any((folder / "vecnormalize.pkl").exists() for folder in folders):
+        print("warning: VecNormalize, with which it was trained, is not applied here")
+    print(f"run    {run_dir}\nwatch  tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
+
+
+def interrupt(*_) -> None:
+    """Ctrl-C or a kill: stop in good order; the next one, at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def main(argv=None) -> int:
-    """Run the command line; the exit status is 2 after an error, 130 after an interruption."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options = parse(argv)
-    run_dir, evaluate = options.pop("resume", None), options.pop("evaluate", None)
+    """Run the command line; exit status 2 after an error, 130 after an interruption."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    options = parse(sys.argv[1:] if argv is None else argv)
+    agent, run_dir = None, options.get("resume")
+    command = f"python {shlex.quote(sys.argv[0])}"
     try:
-        agent = open_agent(run_dir, evaluate, options)
-        if evaluate:
-            return print_scores(agent)
-        c, run_dir = agent.config, run_dir or make_run_dir(agent.config)
-        versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
-        print(f"AggreVaTeD on {c.env_name}, seed {c.seed}, {agent.device}; {versions}")
-        print(f"expert {c.expert_path}\nrun    {run_dir}\nwatch  tensorboard --logdir {c.log_dir}")
-        agent.save(run_dir / "last.pt")
+        agent = open_agent(options)
+        if "evaluate" in options:
+            print_scores(agent, options["evaluate"])
+            return 0
+        run_dir = Path(run_dir) if run_dir else make_run_dir(agent.config)
+        print_banner(agent, run_dir)
+        agent.save_last(run_dir)
         agent.train(run_dir)
-        film(agent, run_dir / "final.gif")
-        print(f"score  python aggrevated.py --evaluate {run_dir}")
+        save_gif(agent, run_dir)
+        print(f"score  {command} --evaluate {shlex.quote(str(run_dir))}")
         return 0
     except KeyboardInterrupt:
-        print("\nStopped.", f"Go on: python aggrevated.py --resume {run_dir}" if run_dir else "")
+        go_on = f"Go on: {command} --resume {shlex.quote(str(run_dir))}"
+        print("\nStopped.", go_on if run_dir else "")
         return 130
-    except (UserError, OSError, BrokenProcessPool) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # in the middle of a trajectory too
+        if agent:
+            agent.close()
 
 
 if __name__ == "__main__":
