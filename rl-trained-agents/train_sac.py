@@ -82,10 +82,14 @@ class Retry(gym.Wrapper):
         return result
 
 
-def reprice(rewards, actions, fell, fall_reward: float, torque_cost: float) -> np.ndarray:
-    """What critics learn instead of rewards (...), for actions (..., A); `fell` (...) is a mask."""
-    extra = (torque_cost - 1) * TORQUE * np.abs(actions).sum(axis=-1)
-    return np.where(fell, fall_reward, rewards - extra).astype(np.float32)
+def reprice(rewards, actions, fell, fall_reward: float | None, torque_cost=1.0) -> np.ndarray:
+    """What critics learn instead of rewards (...), for actions (..., A); `fell` (...) is a mask.
+
+    Without a `fall_reward` a fall pays what it pays.
+    """
+    rewards = rewards - (torque_cost - 1) * TORQUE * np.abs(actions).sum(axis=-1)
+    fall_reward = rewards if fall_reward is None else fall_reward
+    return np.where(fell, fall_reward, rewards).astype(np.float32)
 
 
 class FailureReplayBuffer(NStepReplayBuffer):

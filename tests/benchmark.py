@@ -1,36 +1,38 @@
-"""How fast aggrevated.py is beside its floor, the simulator, and beside the script it began from.
+"""How fast aggrevated.py is beside its floor, the simulator, and beside another version of itself.
 
-    python tests/benchmark.py            about six minutes on two quiet cores
-    python tests/benchmark.py --quick    tiny sizes, only to see that it runs
+    python tests/benchmark.py --against OLD.py --evaluated SAC.zip      on two quiet cores
 
 What is compared runs in turn, A B then B A; a ratio is the median of the repeats' own.  The floor
-steps an iteration's trajectories again without policy, expert, labels or update: the same
-environments, terrains and actions, in as many processes.  Memory is the proportional set size of
-all processes together, in which a page that n of them share counts 1 / n in each (Linux only).
+steps the same actions again by the same two workers, without policy, expert, labels or update.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
-import random
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout, suppress
 from functools import partial
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+if __name__ == "__main__":  # before numpy and tqdm are loaded; the first as the program itself
+    os.environ.update(OPENBLAS_NUM_THREADS="1", TQDM_DISABLE="1")
 import numpy as np
-import torch
-from stable_baselines3 import SAC
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+THIS = Path(__file__).resolve().parents[1] / "aggrevated.py"
+sys.path.insert(0, str(THIS.parent))
 import aggrevated as ag  # noqa: E402
 
-RESULTS = {}
+SAC = THIS.parent / "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip"
+PLAIN = dict(expert_path=str(SAC), device="cpu", eval_every=99, eval_episodes=1)  # 1 candidate
+TINY = dict(K=4, H=100, max_experience_len=1000, update_sz=500, max_iteration=2, eval_episodes=1)
+RESULTS = {"machine": f"{os.uname().machine}, {os.cpu_count()} cores, torch {ag.torch.__version__}"}
 
 
 def report(name: str, value: float, unit: str = "×") -> None:
@@ -38,162 +40,110 @@ def report(name: str, value: float, unit: str = "×") -> None:
     print(f"{name:72s} {RESULTS[name]:>8s}", flush=True)
 
 
-def race(a, b, repeats: int) -> float:
-    """The median ratio of a's seconds to b's."""
+def race(name: str, a, b, repeats: int) -> None:
+    """Report seconds of a() over those of b(), which either return them or are timed."""
     ratios = []
     for r in range(repeats):
         took = {}
-        for function in (b, a) if r % 2 else (a, b):
+        for f in (a, b) if r % 2 else (b, a):
             started = time.perf_counter()
-            function()
-            took[function] = time.perf_counter() - started
+            took[f] = f() or time.perf_counter() - started
         ratios.append(took[a] / took[b])
-    return statistics.median(ratios)
+    report(name, np.median(ratios))
 
 
-def replay(env_name: str, share: list[tuple]) -> float:
-    """Step new environments side by side through (stream, actions); the sum of all rewards."""
-    envs, total = [ag.make_env(env_name) for _ in share], 0.0
-    for env, (stream, _) in zip(envs, share):
-        env.reset(seed=int(np.random.default_rng(stream).integers(2**31)))
-    for t in range(max(len(actions) for _, actions in share)):
-        for env, (_, actions) in zip(envs, share):
-            if t < len(actions):
-                total += float(env.step(actions[t])[1])
-    return total
+def replay(stream: tuple, actions: np.ndarray) -> float:
+    """Step a new environment through these actions; the sum of all rewards."""
+    env = ag.make_env(ag.Config().env_name)
+    env.reset(seed=ag.terrain_seed(np.random.default_rng(stream)))
+    return sum(env.step(action)[1] for action in actions)
 
 
-def floor_of(agent, streams, trajectories):
-    """A function that replays the trajectories by the agent's own workers, shared out as theirs."""
-    episodes = [(stream, t.actions) for stream, t in zip(streams, trajectories)]
-    size = -(-len(episodes) // agent.config.n_workers)
-    shares = [episodes[i : i + size] for i in range(0, len(episodes), size)]
-    expected = sum(float(t.rewards.sum()) for t in trajectories)
+def measure_roll_in(sizes: dict, repeats: int) -> None:
+    """The simulator over a roll-in, by alpha, and a default iteration over the simulator."""
+    agent = ag.AggreVateDAgent(ag.Config(**PLAIN | sizes | dict(max_iteration=5)))
+    c, played = agent.config, []
+    streams = [(ag.ROLL_IN, c.seed, 6, k) for k in range(c.K)]
 
-    def run():
-        step = partial(replay, agent.config.env_name)
-        total = sum((agent.pool.map if agent.config.n_workers > 1 else map)(step, shares))
-        assert abs(total - expected) < 1e-6 * abs(expected) + 1e-6, "a replay took another course"
+    def roll_in(alpha: float) -> None:
+        played[:] = agent.simulate(streams, alpha, c.roll_in_noise, c.H)
 
-    return run
+    def floor() -> None:
+        total = sum(agent.pool.map(replay, streams, [t.actions for t in played]))
+        assert np.isclose(total, sum(t.rewards.sum() for t in played)), "another course"
 
+    def train_on() -> float:  # seconds of what is left, for as many steps as were played
+        past, n = agent.seconds, agent.env_steps
+        with redirect_stdout(StringIO()), TemporaryDirectory() as folder:
+            agent.train(Path(folder))
+        c.max_iteration += 1
+        return (agent.seconds - past) * sum(len(t.states) for t in played) / (agent.env_steps - n)
 
-def measure_roll_in(n_workers: int, sizes: dict, repeats: int) -> None:
-    """The simulator's share of a roll-in, by alpha, and a whole iteration over the simulator."""
-    config = ag.Config(n_workers=n_workers, device="cpu", **sizes).check()
-    agent, where = ag.AggreVateDAgent(config), f", {n_workers} worker(s)"
-    for n in range(1, 6):  # until alpha is 0
-        agent.iterate(n)
-    streams = [(ag.ROLL_IN, config.seed, 6, k) for k in range(config.K)]
+    train_on()  # until alpha is 0
     for alpha in (1.0, 0.5, 0.0):
-        roll_in = partial(agent.simulate, streams, alpha, config.roll_in_noise, config.H)
-        floor = floor_of(agent, streams, roll_in())
-        report(f"simulator over roll-in, alpha {alpha}" + where, race(floor, roll_in, repeats))
-    report(
-        "default iteration over simulator" + where, race(lambda: agent.iterate(6), floor, repeats)
-    )
+        race(f"simulator over roll-in, alpha {alpha}", floor, partial(roll_in, alpha), repeats)
+    race("default iteration over simulator", train_on, floor, repeats)
+    agent.close()
 
 
-def plain_iteration(agent, expert, env, c) -> int:
-    """An iteration as the first script goes about it, state by state; the number of its steps."""
-    policy, data = agent.policy, []
-    for _ in range(c.K):
-        state, _ = env.reset()
-        for _ in range(c.H):
-            tensor = torch.FloatTensor(state).unsqueeze(0)
-            with torch.no_grad():
-                if random.random() < 0.5:
-                    action, _ = expert.predict(state, deterministic=True)
-                else:
-                    action = policy.sample(tensor)[0].squeeze(0).numpy()
-                q = torch.min(*expert.critic(tensor, torch.FloatTensor(action).unsqueeze(0)))
-            following, _, done, _, _ = env.step(action)
-            data.append((state, action, q.item()))
-            state = following
-            if done:
-                break
-    states, actions, q = (np.array(x, dtype=np.float32) for x in zip(*data))
-    weights = (q - q.min()) / (q.max() - q.min() + 1e-8)
-    for _ in range(c.train_repeat):
-        for i in range(0, len(q), c.batch_sz):
-            batch = (
-                torch.tensor(x[i : i + c.batch_sz]) for x in (states, actions, weights[:, None])
-            )
-            loss = agent.loss(*batch)
-            agent.optimizer.zero_grad()
-            loss.backward()
-            agent.optimizer.step()
-    return len(q)
+def train(file: Path, options: dict) -> float:
+    """Train with this version of aggrevated.py; the seconds that it records itself."""
+    spec = importlib.util.spec_from_file_location(f"version_{file.stem}", file)
+    sys.modules[spec.name] = version = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(version)
+    agent = version.AggreVateDAgent(version.Config(**options).check())
+    with redirect_stdout(StringIO()), TemporaryDirectory() as folder, agent.pool:
+        agent.train(Path(folder))
+    return agent.seconds
 
 
-def measure_first_script(sizes: dict, repeats: int, **work) -> None:
-    """Its loop over ours, per step, for the same work at alpha 0.5."""
-    options = dict(algorithm="minmax", batch_sz=128, hidden_dim=128, n_workers=2, device="cpu")
-    options |= dict(H=1000, alpha_decay_iterations=2, lr=1e-5, update_sz=10**6)
-    c = ag.Config(**options | work | sizes).check()
-    ours, plain = ag.AggreVateDAgent(c), ag.AggreVateDAgent(c)
-    expert, env, ratios = SAC.load(c.expert_path, device="cpu"), ag.make_env(c.env_name), []
-    for _ in range(repeats):
-        torch.set_num_threads(2)
-        started, before = time.perf_counter(), ours.env_steps
-        ours.iterate(2)  # alpha 0.5
-        a = (time.perf_counter() - started) / (ours.env_steps - before)
-        started = time.perf_counter()
-        steps = plain_iteration(plain, expert, env, c)
-        ratios.append((time.perf_counter() - started) / steps / a)
-    name = f"first script's loop over ours, K {c.K}, H {c.H}, {c.train_repeat} passes, per step"
-    report(name, statistics.median(ratios))
+def train_alone(file: Path, options: dict) -> float:
+    """`train` in a new process: it wants to fork its workers before it has threads."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(train, file, options).result()
 
 
-def memory(group: int) -> float:
-    """Proportional set size of a process group [MiB]."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == group:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += sum(int(x.split()[1]) for x in lines if x.startswith("Pss:"))
-        except OSError:  # it ended just now
-            continue
-    return total / 1024
-
-
-def measure_program(options: list[str]) -> None:
-    """`python aggrevated.py` from the outside: whole run, training, first point, memory."""
-    with tempfile.TemporaryDirectory() as log_dir:
-        argv = [sys.executable, ROOT / "aggrevated.py", "--log_dir", log_dir, *options]
-        started, first, peak = time.perf_counter(), 0.0, 0.0
-        how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        process = subprocess.Popen(argv, **how, cwd=ROOT)
+def measure_program(options: dict) -> None:
+    """`python aggrevated.py` from the outside; memory counts a page of n processes once."""
+    with TemporaryDirectory() as log_dir:
+        argv = [f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started, first, peak = time.perf_counter(), 0.0, 0
+        process = subprocess.Popen([sys.executable, THIS, *argv], **silent)
         while process.poll() is None:
-            peak = max(peak, memory(process.pid))
-            tables = list(Path(log_dir).glob("*/evaluations.csv"))
-            first = first or (time.perf_counter() - started if tables else 0.0)
-            time.sleep(1.0)  # looking costs time of its own
-        whole, (table,) = time.perf_counter() - started, Path(log_dir).glob("*/evaluations.csv")
-        training = float(table.read_text().splitlines()[-1].split(",")[2])
+            time.sleep(0.5)  # looking costs time of its own
+            with suppress(OSError, IndexError):  # of a process that ended just now
+                pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                texts = [Path(f"/proc/{x}/smaps_rollup").read_text() for x in (process.pid, *pids)]
+                peak = max(peak, sum(int(x.split("\nPss:")[1].split()[0]) for x in texts))
+            table = "".join(x.read_text() for x in Path(log_dir).glob("*/evaluations.csv"))
+            first = first or (",learner," in table) * (time.perf_counter() - started)
+        whole, training = time.perf_counter() - started, float(table.split(",")[-5])
     report("whole `python aggrevated.py`", whole, "s")
     report("its training alone", training, "s")
     report("whole run over its training alone", whole / training)
-    report("from the command to the first evaluation", first, "s")
-    report("peak memory of all processes", peak, "MiB")
+    report("from the command to the learner's first point", first, "s")
+    report("peak memory of all processes", peak / 1024, "MiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--against", type=Path, help="another version of aggrevated.py")
+    parser.add_argument("--evaluated", help="SAC zip with evaluated critics, for the candidates")
+    parser.add_argument("--json", type=Path, default=os.devnull, help="where to write the numbers")
     args = parser.parse_args()
-    tiny = dict(K=4, H=100, max_experience_len=1000, update_sz=500) if args.quick else {}
-    RESULTS["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    measure_program([f"--{k}={v}" for k, v in tiny.items()] + ["--max_iteration=2"] * args.quick)
-    for n_workers in (1, 2):
-        measure_roll_in(n_workers, tiny, 2 if args.quick else 5)
-    few, repeats = (tiny | dict(train_repeat=2), 1) if args.quick else ({}, 3)
-    for work in (dict(K=20, train_repeat=50), dict(K=4, train_repeat=10)):
-        measure_first_script(few, repeats, **work)
-    if args.json:
-        args.json.write_text(json.dumps(RESULTS, indent=1, ensure_ascii=False) + "\n")
+    sizes, repeats = (TINY, 2) if args.quick else ({}, 4)
+    measure_program(sizes)
+    measure_roll_in(sizes, repeats)
+    if args.against:
+        both = (partial(train_alone, file, PLAIN | sizes) for file in (THIS, args.against))
+        race(f"training alone over that of {args.against.stem}", *both, repeats)
+    if args.evaluated:
+        how = PLAIN | sizes | dict(expert_path=args.evaluated)
+        both = (partial(train_alone, THIS, how | dict(candidates=n)) for n in (16, 1))
+        race("training with 16 candidates over that with 1", *both, repeats)
+    args.json.write_text(json.dumps(RESULTS, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What train_sac.py adds to SAC, what publish.py makes of a run, and the shipped experts."""
+"""What train_sac.py adds to SAC, publish.py, evaluate_critics.py, and the shipped experts."""
 
 import hashlib
 import json
@@ -7,7 +7,10 @@ import runpy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -19,47 +22,51 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "rl-trained-agents")]
 import aggrevated
+import audit
+import evaluate_critics
 import publish
 import train_sac
 
-CARDS = sorted((ROOT / "rl-trained-agents" / "sac").glob("*/score.json"))
+ZIPS = sorted((ROOT / "rl-trained-agents" / "sac").glob("*/*.zip"))
 ROWS, N_ENVS, WINDOW, ENDS = 40, 3, 6, ("fall", "goal", "timeout")
 
 
-def fill(n_rows, share=0.4, n_steps=3, ends=ENDS, cut_at=None, cut_end=""):
-    """Our and SB3's buffer with the same steps, and the ends; `cut_at` is a time limit in SB3's."""
+def fill(n_rows, n_steps=3, cut_at=None, cut_end=""):
+    """Our buffer, SB3's paid by our prices and with a time limit at `cut_at`, and the ends."""
     spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
     how = dict(device="cpu", n_envs=N_ENVS, n_steps=n_steps, gamma=0.9)
-    special = dict(failure_share=share, failure_window=WINDOW)
+    special = dict(failure_share=0.4, failure_window=WINDOW)
     ours = train_sac.FailureReplayBuffer(ROWS * N_ENVS, *spaces, **how, **special)
     theirs = NStepReplayBuffer(ROWS * N_ENVS, *spaces, **how)
     rng, log = np.random.default_rng(0), []
     for row in range(n_rows):
-        end = rng.choice(["", *ends], size=N_ENVS, p=[0.9] + [0.1 / len(ends)] * len(ends))
+        if row == n_rows // 2:  # they change for what is stored and what comes
+            ours.prices = -10.0, 3.0
+            ours.price()
+        end = rng.choice(["", *ENDS], size=N_ENVS, p=[0.9] + [0.1 / 3] * 3)
         end = np.array([cut_end, "", ""]) if row == cut_at else end
-        arrays = *rng.normal(size=(2, N_ENVS, 2)), rng.normal(size=(N_ENVS, 1)), rng.normal(size=3)
-        arrays[3][end == "fall"] = -100
+        arrays = *rng.normal(size=(2, N_ENVS, 2)), rng.normal(size=(N_ENVS, 1))
+        reward, fell = rng.normal(size=N_ENVS), end == "fall"
+        reward[fell | (end != "goal") & (rng.random(N_ENVS) < 0.2)] = -100  # not all are falls
         infos = [{"TimeLimit.truncated": x == "timeout"} for x in end]
-        ours.add(*arrays, end != "", infos)
+        ours.add(*arrays, reward, end != "", infos)
         if row == cut_at:
             ours.cut_episodes()
-            infos = [{"TimeLimit.truncated": x in ("", "timeout")} for x in end]
             end = np.where(end == "", "timeout", end)
-        theirs.add(*arrays, end != "", infos)
+            infos = [{"TimeLimit.truncated": x == "timeout"} for x in end]
+        paid = np.where(fell, -10, reward - 2 * 0.028 * np.abs(arrays[2][:, 0]))
+        theirs.add(*arrays, paid, end != "", infos)
         log.append(end)
     return ours, theirs, np.array(log)
 
 
-def before_falls(log):
-    """The places (row, environment) that count, from the log alone."""
+def before_falls(log, kept=ROWS):
+    """The places (row, environment) that count in a ring of `kept` rows, from the log alone."""
     places = []
-    for env, ends in enumerate(log.T):
-        start = 0
-        for row in np.flatnonzero(ends != ""):
-            first = max(start, row - WINDOW + 1)
-            if ends[row] == "fall" and first >= len(log) - ROWS:
-                places += [(r % ROWS, env) for r in range(first, row + 1)]
-            start = row + 1
+    for row, env in zip(*np.nonzero(log == "fall")):
+        first = max([0, row - WINDOW + 1, *(np.flatnonzero(log[:row, env] != "") + 1)])
+        if first >= len(log) - kept:
+            places += [(r % kept, env) for r in range(first, row + 1)]
     return places
 
 
@@ -78,130 +85,91 @@ def assert_uniform(drawn, places):
     assert ((counts - mean) ** 2 / mean).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def assert_same_samples(ours, theirs, monkeypatch):
+CUTS = [(n, at, end) for n, at in ((76, 75), (80, 79), (95, 75), (95, 79)) for end in ("", *ENDS)]
+CUTS += [(n, None, "") for n in (25, 40, 41, 95, 113, 320)]  # part filled, full, and at the seam
+
+
+@mock.patch.object(evaluate_critics, "FALL_WINDOW", WINDOW)
+@pytest.mark.parametrize("n_steps", [1, 4])
+@pytest.mark.parametrize("n_rows, cut_at, cut_end", CUTS)
+def test_samples_are_sb3s_and_a_share_from_before_falls(n_rows, cut_at, cut_end, n_steps):
+    ours, theirs, log = fill(n_rows, n_steps, cut_at, cut_end)
     rows, columns = np.transpose([*np.ndindex(ours.size(), N_ENVS)])
     sample = ours.gather(rows, columns)
-    monkeypatch.setattr(np.random, "randint", lambda *args, **kwargs: columns)
-    reference = theirs._get_samples(rows)
+    with mock.patch("numpy.random.randint", return_value=columns):
+        reference = theirs._get_samples(rows)
     for name, got, expected in zip(reference._fields, sample, reference):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("n_steps", [1, 3, 5])
-@pytest.mark.parametrize("n_rows", [25, 40, 95])  # part filled, just full, wrapped
-def test_n_step_samples_are_sb3s(n_rows, n_steps, monkeypatch):
-    ours, theirs, log = fill(n_rows, n_steps=n_steps)
-    assert set(log.ravel()) == {"", *ENDS}
-    assert_same_samples(ours, theirs, monkeypatch)
-
-
-@pytest.mark.parametrize("n_rows", [25, 40, 41, 113, 320])  # windows' first rows are at the seam
-def test_a_share_of_each_batch_is_uniform_over_the_steps_before_falls(n_rows):
-    ours, _, log = fill(n_rows)
     drawn, places = draws(ours), before_falls(log)
     assert_uniform(drawn[:, 300:], places)  # 0.4 of every batch
     assert_uniform(drawn[:, :300], np.ndindex(ours.size(), N_ENVS))
     assert not {tuple(place) for place in drawn[:, 299]} <= set(places)  # and no more
-
-
-@pytest.mark.parametrize("how", [dict(share=0.0), dict(ends=("goal", "timeout"))])
-def test_without_share_or_falls_all_draws_are_uniform(how):
-    assert_uniform(draws(ours := fill(95, **how)[0]), np.ndindex(ours.size(), N_ENVS))
-
-
-@pytest.mark.parametrize("kind", ["", "timeout", "fall"])
-@pytest.mark.parametrize("n_rows, cut_at", [(76, 75), (80, 79), (95, 75), (95, 79)])  # 80: a seam
-def test_cut_episodes_is_a_time_limit(n_rows, cut_at, kind, monkeypatch):
-    ours, theirs, log = fill(n_rows, cut_at=cut_at, cut_end=kind)
-    assert_same_samples(ours, theirs, monkeypatch)
-    monkeypatch.undo()
-    assert_uniform(draws(ours)[:, 300:], before_falls(log))
-
-
-@pytest.mark.parametrize("cost, extra", [(1.0, 0.0), (3.0, 2 * 0.028 * 1.5)])
-def test_only_a_fall_pays_the_fall_reward_and_all_else_pays_for_torque(cost, extra):
-    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (2,))
-    special = dict(n_envs=4, failure_share=0.4, failure_window=WINDOW)
-    buffer = train_sac.FailureReplayBuffer(8, *spaces, device="cpu", **special)
-    buffer.prices = -10.0, cost
-    rewards, done = np.float32([-100, -100, -99, -100]), np.array([0, 1, 1, 1])
-    infos = [{"TimeLimit.truncated": env == 1} for env in range(4)]
-    state, action = np.zeros((4, 2)), np.float32([[-1.0, 0.5]] * 4)
-    for _ in range(2):
-        buffer.add(state, state, action, rewards, done, infos)
-    expected = [-100 - extra, -100 - extra, -99 - extra, -10]
-    np.testing.assert_allclose(buffer.rewards, [expected] * 2, rtol=1e-6)
-    assert buffer.falls[:, :2].tolist() == [[0, 3], [1, 3]]
+    flat = evaluate_critics.steps_before_falls(log != "", log == "fall")
+    assert sorted(zip(*divmod(flat, N_ENVS))) == sorted(before_falls(log, kept=len(log)))
+    assert set(log.ravel()) == {"", *ENDS} and (ours.unpriced == -100).sum() > len(ours.falls)
 
 
 def test_torque_costs_what_the_environment_charges():
     env = aggrevated.make_env("BipedalWalker-v3")
     env.reset(seed=0)
-    action = np.array([0.5, -1.0, 0.2, 0.0], dtype=np.float32)
-    shaping = env.unwrapped.prev_shaping
+    action, shaping = np.float32([0.5, -1.0, 0.2, 0.0]), env.unwrapped.prev_shaping
     plain = env.step(action)[1]
     charged = env.unwrapped.prev_shaping - shaping - plain  # what is left is the torque's price
     dear = train_sac.reprice(plain, action, False, -10.0, 3.0)
     assert plain - dear == pytest.approx(2 * charged, rel=1e-4) and charged > 0
 
 
-@pytest.mark.parametrize("n_rows", [60, 95])
-def test_prices_hold_for_what_is_stored_and_what_comes(n_rows):
-    ours, theirs, _ = fill(n_rows)
-    ours.prices = -10.0, 3.0
-    ours.price()
-    for buffer in (ours, theirs):
-        buffer.add(
-            np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 1)), np.ones(3), np.zeros(3), [{}] * 3
-        )
-    expected = np.where(theirs.rewards == -100, -10, theirs.rewards)
-    expected -= (theirs.rewards != -100) * 2 * 0.028 * np.abs(theirs.actions[..., 0])
-    np.testing.assert_allclose(ours.rewards, expected, rtol=1e-5, atol=1e-6)
-    assert (theirs.rewards == -100).any()
+class Slope(gym.Env):
+    """Pays where it stands; beyond 0.8 it falls."""
 
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(1, 3, (1,))
 
-class OneStep(gym.Env):
-    """Episodes of one step, which falls if the action says so."""
+    def __init__(self, pull=0.0):
+        self.pull = pull
 
     def reset(self, *, seed=None, options=None):
-        return np.zeros(1), {}
+        super().reset(seed=seed)
+        self.x = np.float32(self.np_random.uniform(-0.5, 0.8, size=1))
+        return self.x, {}
 
     def step(self, action):
-        return np.zeros(1), -100.0 if action else 0.0, True, False, {}
+        before, self.x = self.x, np.clip(self.pull * self.x + action - 2, -1, 1, dtype=np.float32)
+        fell = bool(self.x > 0.8)
+        return self.x, -100.0 if fell else before.item(), fell, False, {}
+
+
+gym.register("Slope-v0", Slope, max_episode_steps=8)
 
 
 def test_a_terrain_is_tried_again_after_a_fall():
     def play(n, fall):
-        terrains = []
-        for _ in range(n):
-            env.reset(seed=None if terrains else seeds.pop())
-            env.step(fall)
-            terrains.append(env.terrain)
-        return terrains
+        for i in range(n):
+            env.reset(seed=None if i else seeds.pop())
+            env.step(np.float32([3 if fall else 1]))
+            yield env.terrain
 
-    env, seeds = train_sac.Retry(OneStep()), [3, 2, 1, 0]
+    env, seeds = train_sac.Retry(Slope()), [3, 2, 1, 0]
     assert len(set(play(50, fall=True))) == 50  # before the late part no terrain comes again
     env.retries = 3
     (fallen,) = play(1, fall=True)
-    after = play(50, fall=False)
+    after = [*play(50, fall=False)]
     assert after.count(fallen) == 3 and len(set(after)) == 50 - 3 + 1
     assert max(after.index(fallen), 50 - after[::-1].index(fallen)) > 3  # fresh ones between them
     assert 20 < len(set(play(100, fall=True))) < 80 and len(env.failed) == 50
 
 
 def test_the_monitor_records_the_true_return():
-    env_name, rewards, done = "BipedalWalker-v3", [], False
-    env = train_sac.build(env_name, train_sac.Settings(n_envs=8, buffer_size=800), seed=0).get_env()
+    env = train_sac.build("Slope-v0", train_sac.Settings(n_envs=2, buffer_size=2), seed=0).get_env()
     env.reset()
-    while not done:
-        _, (reward, *_), (done, *_), (info, *_) = env.step(np.full((8, 4), -1.0))
-        rewards.append(reward)
-    assert reward == -100 and info["episode"]["r"] == pytest.approx(sum(rewards), abs=1e-3)
+    _, (first, *_), *_ = env.step(np.full((2, 1), 2.1))
+    *_, (reward, *_), (done, *_), (info, *_) = env.step(np.full((2, 1), 3.0))
+    assert done and reward == -100 and info["episode"]["r"] == pytest.approx(first - 100, abs=1e-4)
 
 
 OPTIONS = (
     "--env_name Pendulum-v1 --learning_starts 210 --batch_size 16 --updates 40 --n_envs 1 "
-    "--gradient_steps 1 --units 16 --n_steps 1 --buffer_size 1000"
+    "--gradient_steps 1 --units 16 --n_steps 1 --buffer_size 1000 "
+    "--torque_updates 20 --torque_cost 3 --late_updates 30"
 ).split()
 
 
@@ -216,10 +184,8 @@ def runs(tmp_path_factory):
             train(self, *args, **kwargs)
             weights.append({k: v.clone() for k, v in self.policy.state_dict().items()})
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SAC, "train", recorded)
-            how = f"--checkpoint_every={every}", f"--run_dir={folder}"
-            patch.setattr(sys, "argv", ["", *OPTIONS, *how])
+        argv = ["", *OPTIONS, f"--checkpoint_every={every}", f"--run_dir={folder}"]
+        with mock.patch.object(SAC, "train", recorded), mock.patch("sys.argv", argv):
             train_sac.main()
         result[every] = folder, weights
     return result
@@ -230,14 +196,11 @@ def mean(states):
 
 
 @pytest.mark.parametrize("every, at, first", [(20, 20, 0), (20, 40, 20), (40, 40, 0)])
-def test_checkpoints_hold_the_mean_since_the_one_before(runs, every, at, first):
+def test_checkpoints_hold_the_mean_since_the_last_one_and_do_not_disturb(runs, every, at, first):
     folder, weights = runs[every]
     state = torch.load(folder / f"{at:07d}.pt")
     torch.testing.assert_close(state["average"], mean(weights[first:at]), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(state["last"], weights[at - 1], rtol=0, atol=0)
-
-
-def test_evaluating_does_not_disturb_training(runs):
     torch.testing.assert_close(runs[20][1][-1], runs[40][1][-1], rtol=0, atol=0)
 
 
@@ -256,22 +219,19 @@ def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
     assert set(np.diff(log["env_steps"])) <= {20, 21} and (np.diff(log["minutes"]) >= 0).all()
 
 
-def test_late_in_the_run_the_prices_change_in_all_that_is_stored(tmp_path, monkeypatch):
-    late = "--torque_updates=20", "--torque_cost=3", "--late_updates=30"
-    updates = "--updates=40", "--checkpoint_every=20"
-    monkeypatch.setattr(sys, "argv", ["", *OPTIONS, *late, *updates, f"--run_dir={tmp_path / 'r'}"])
-    train_sac.main()
-    buffer = pickle.loads((tmp_path / "r" / "resume.pkl").read_bytes())["buffer"]
+def test_late_in_the_run_the_prices_change_in_all_that_is_stored(runs):
+    buffer = pickle.loads((runs[20][0] / "resume.pkl").read_bytes())["buffer"]
     extra = buffer.unpriced - buffer.rewards
     np.testing.assert_allclose(extra, 2 * 0.028 * np.abs(buffer.actions).sum(axis=2), atol=1e-5)
     assert extra.max() > 0.01 and buffer.prices == (-40.0, 3.0)
     stage = train_sac.Settings(torque_updates=20, late_updates=30).stage
-    assert [stage(n) for n in (19, 20)] == [(-10.0, 1.0, 0), (-10.0, 4.0, 0)]
-    assert [stage(n) for n in (29, 30)] == [(-10.0, 4.0, 0), (-40.0, 4.0, 3)]
+    stages = (-10.0, 1.0, 0), (-10.0, 4.0, 0), (-10.0, 4.0, 0), (-40.0, 4.0, 3)
+    assert tuple(map(stage, (19, 20, 29, 30))) == stages
 
 
+@mock.patch.dict(publish.HALF_TRAINED, max_iteration=1, K=1, H=20, update_sz=20)
 def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, monkeypatch):
-    options = "--n=1 --episodes=3 --learner_episodes=0".split()
+    options = "--n=1 --episodes=3 --learner_episodes=2".split()
     monkeypatch.setattr(sys, "argv", ["", str(runs[20][0]), f"--out={tmp_path}", *options])
     publish.main()
     out = tmp_path / "Pendulum-v1_1"
@@ -279,20 +239,89 @@ def test_publish_averages_the_checkpoints_and_scores_the_zip(runs, tmp_path, mon
     expected = mean([torch.load(path)["average"] for path in runs[20][0].glob("*.pt")])
     torch.testing.assert_close(dict(model.policy.state_dict()), expected, rtol=0, atol=1e-9)
     assert not model.actor.optimizer.state and model.buffer_size == 1
-    assert model.predict(np.zeros(3, dtype=np.float32))[0].shape == (1,)
     assert score["checkpoints"] == dict(first=20, last=40, number=2)
     _, returns, _ = np.loadtxt(out / "returns.csv", delimiter=",", skiprows=1).T
     assert score["score"]["mean"] == pytest.approx(returns.mean(), abs=1e-3)
     assert score["q_audit"]["steps"] == 50 * len(returns) == 150 and (out / "curve.png").exists()
+    assert 0 < score["q_audit_learner"]["steps"] <= 100
+    learner, expert = SimpleNamespace(act=lambda s: s), SimpleNamespace(predict=lambda s: -s)
+    player = publish.HandOver(learner, expert, steps=2)
+    assert [player.act(state, noise=9) for state in (1, 2, 3, 4)] == [1, 2, -3, -4]
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_audit_compares_what_critics_say_with_what_came():
+    def episode(q, rewards):
+        return aggrevated.Trajectory(np.float32([q]).T, np.zeros((len(q), 1)), np.array(rewards))
+
+    expert = SimpleNamespace(gamma=0.5)
+    agent = SimpleNamespace(horizon=8, expert=expert, get_q_star=lambda state, action: state)
+    price = partial(train_sac.reprice, fall_reward=-8.0)
+    fall, goal = episode([9, 1, 2], [0, 4, -120]), episode([3, 5], [1, 6])
+    cut_off = episode([1, 2, 3, 4, 5, 6, 7, 256], [0] * 7 + [-100])
+    came = audit.what_came(agent, [(fall, 1), (goal, 0), (cut_off, 0)], price)
+    np.testing.assert_allclose(came[2], [0, -8, 4, 6, 2, 4])  # the last two by Q* of the end
+    worth = audit.audit(agent, came)
+    assert worth["before_fall"] == {"0-5": {"steps": 2, "q": 1.5, "return": -4.0}}
+    assert worth["elsewhere"] == {"steps": 4, "q": 2.75, "return": 4.0}
+    assert (worth["steps"], worth["falls"]) == (6, 1)
+    assert worth["bias"] == pytest.approx(14 / 6 - 8 / 6)
+    assert worth["correlation"] == pytest.approx(np.corrcoef([1, 2, 3, 5, 1, 2], came[2])[0, 1])
+
+
+def test_the_price_of_a_fall_replaces_ends_at_minus_100_or_less_only():
+    reward, done, timeout = [-100, -120, -99, -100, -100], [1, 1, 1, 1, 0], [0, 0, 0, 1, 0]
+    reward, done, timeout = np.array([reward, done, timeout])[:, np.arange(64) % 5]
+    infos = [{"TimeLimit.truncated": x == 1, "terminal_observation": [7.0]} for x in timeout]
+    state = np.zeros((64, 1))
+    still = SimpleNamespace(low=-1, high=1, predict=lambda state: 0 * state)
+    env = SimpleNamespace(reset=lambda: state, step=lambda a: (state, reward, done > 0, infos))
+    data = evaluate_critics.play(still, env, 128, 0)
+    first = {k: x[1, :5].ravel().tolist() for k, x in data.items()}
+    assert first["terminated"] == [1, 1, 1, 0, 0] and first["next_state"] == [7, 7, 7, 7, 0]
+    falls = data["reward"], data["action"], data["fell"]
+    paid = [train_sac.reprice(*falls, price)[1, :5].tolist() for price in (-25.0, None)]
+    assert paid == [[-25, -25, -99, -100, -100], [-100, -120, -99, -100, -100]]
+
+
+@mock.patch.multiple(evaluate_critics, LEARNING_RATE=3e-3, TARGET_RATE=0.05, EPISODES=30)
+def test_evaluated_critics_know_what_comes_of_the_actor_as_it_is(tmp_path, monkeypatch):
+    old, new = tmp_path / "old.zip", tmp_path / "folder" / "new.zip"
+    how = dict(gamma=0.8, buffer_size=1, seed=0, policy_kwargs=dict(net_arch=[32, 32]))
+    SAC("MlpPolicy", Slope(), **how).save(old)
+    options = "--env_name=Slope-v0 --fall_reward=-2 --steps=2560 --updates=800".split()
+    options += [str(old), f"--out={new}", '--env_kwargs={"pull": 1.6}']
+    monkeypatch.setattr(sys, "argv", ["", *options])
+    evaluate_critics.main()
+    after = aggrevated.SACExpert(new, Slope.observation_space, Slope.action_space)
+    x = np.linspace(-0.4, 0.8, 200, dtype=np.float32)[:, None]
+    action = np.clip(after.predict(x) + np.resize(np.float32([0.3, 0, -0.3]), x.shape), 1, 3)
+    env, came = Slope(pull=1.6), torch.zeros(len(x), 1)
+    for i, (env.x, a) in enumerate(zip(x, action)):
+        for t in range(50):  # this action, and then the expert's for ever
+            following, reward, fell, *_ = env.step(a)
+            came[i] += 0.8**t * max(reward, -2)
+            if fell:
+                break
+            a = after.predict(following)
+    said = after.critics(torch.from_numpy(x), torch.from_numpy(action))
+    assert ((said - came).abs().mean(dim=0) < 0.25).all() and came.std() > 1
+    theirs, weights = SAC.load(new, device="cpu"), aggrevated.read_sac_zip(old)[0]
+    same = {k for k, w in theirs.policy.state_dict().items() if torch.equal(w, weights[k])}
+    assert weights.keys() - same == {k for k in weights if k.startswith("critic")}
+    worth = json.loads(new.with_suffix(".json").read_text())
+    assert theirs.critics_evaluated == after.evaluated == worth["settings"]
+    assert abs(worth["after"]["bias"]) < 0.1 < worth["before"]["bias"] < worth["after"]["falls"]
+
+
+@pytest.mark.parametrize("path", ZIPS, ids=lambda path: path.parent.name)
 def test_shipped_experts_are_what_their_scores_say_and_load_both_ways(path):
-    score = json.loads(path.read_text())
-    zip_path = path.with_name(f"{score['env_name']}.zip")
-    assert hashlib.sha256(zip_path.read_bytes()).hexdigest() == score["sha256"]
-    theirs = SAC.load(zip_path, device="cpu")
-    ours = aggrevated.SACExpert(zip_path, theirs.observation_space, theirs.action_space)
+    theirs = SAC.load(path, device="cpu")
+    ours = aggrevated.SACExpert(path, theirs.observation_space, theirs.action_space)
+    if ours.evaluated:
+        assert json.loads(path.with_suffix(".json").read_text())["settings"] == ours.evaluated
+    else:
+        score = json.loads(path.with_name("score.json").read_text())
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == score["sha256"]
     states = torch.randn(50, *theirs.observation_space.shape)
     action, _ = theirs.predict(states.numpy(), deterministic=True)
     np.testing.assert_allclose(ours.predict(states.numpy()), action, rtol=1e-4, atol=1e-5)

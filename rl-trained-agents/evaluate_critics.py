@@ -1,0 +1,140 @@
+"""Evaluate the critics of a SAC agent: make them the cost-to-go Q* of its mean action as it is.
+
+    python rl-trained-agents/evaluate_critics.py AGENT.zip --out NEW.zip --fall_reward -25
+
+The critics in a zip are what its actor was made greedy for: of all former actors, with an entropy
+bonus, at the prices of training.  Here the actor is frozen, plays with noise, and fitted Q
+evaluation, y = r + gamma Q(s', pi*(s')), goes on from the zip's critics.  NEW.zip is the old one
+with other critics; beside it NEW.json says how they were made and what they are worth.
+"""
+
+import argparse
+import copy
+import io
+import json
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from audit import AUDIT, audit, what_came
+from stable_baselines3.common.env_util import make_vec_env
+from tqdm import trange
+from train_sac import FALL, reprice
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aggrevated import AggreVateDAgent, Config, SACExpert, make_env, read_sac_zip
+
+N_ENVS, NOISE = 64, (0.0, 0.1, 0.2, 0.4)  # standard deviations, one an episode; actions in [-1, 1]
+BATCH, FALL_SHARE, FALL_WINDOW = 256, 0.4, 120  # 40 % of a batch is from the steps before falls
+LEARNING_RATE, TARGET_RATE = 3e-4, 0.005
+EPISODES = 100  # of the calibration
+
+
+def play(expert, env, steps: int, seed: int) -> dict:
+    """`steps` transitions of the expert with noise, as arrays (T, N_ENVS, ...)."""
+    rng, state, rows = np.random.default_rng(seed), env.reset(), []
+    std = rng.choice(NOISE, (N_ENVS, 1))
+    half, middle = (expert.high - expert.low) / 2, (expert.high + expert.low) / 2
+    for _ in trange(steps // N_ENVS, desc="playing", unit_scale=N_ENVS, unit=" steps"):
+        mean = (expert.predict(state.astype(np.float32)) - middle) / half
+        action = np.clip(mean + std * rng.standard_normal(mean.shape), -1, 1)
+        following, reward, done, infos = env.step((middle + half * action).astype(np.float32))
+        last = following.copy()
+        for i in np.flatnonzero(done):
+            last[i] = infos[i]["terminal_observation"]
+        ended = done & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        rows.append((state, action, reward, last, ended, done, ended & (reward <= FALL)))
+        std[done] = rng.choice(NOISE, (done.sum(), 1))
+        state = following
+    names = "state", "action", "reward", "next_state", "terminated", "done", "fell"
+    return {k: np.array(x, np.float32) for k, x in zip(names, zip(*rows), strict=True)}
+
+
+def steps_before_falls(done: np.ndarray, fell: np.ndarray) -> np.ndarray:
+    """Flat indices of the last FALL_WINDOW steps of all episodes that ended in a fall."""
+    near, ahead = np.zeros(done.shape, bool), np.full(done.shape[1], FALL_WINDOW)
+    for t in reversed(range(len(done))):
+        ahead = np.where(fell[t], 0, np.where(done[t] > 0, FALL_WINDOW, ahead + 1))
+        near[t] = ahead < FALL_WINDOW
+    return np.flatnonzero(near)
+
+
+def fit(expert, data: dict, updates: int, seed: int) -> None:
+    """Fitted Q evaluation of the frozen actor; each critic has its own squared error."""
+    critic, target = expert.critic.requires_grad_(True), copy.deepcopy(expert.critic)
+    optimizer = torch.optim.Adam(critic.parameters(), fused=True)
+    near = steps_before_falls(data["done"], data["fell"])
+    flat = {k: torch.from_numpy(x.reshape(-1, *x.shape[2:])) for k, x in data.items()}
+    n, n_near, rng = len(flat["reward"]), round(FALL_SHARE * BATCH), np.random.default_rng(seed)
+    pieces = [expert.predict(s.numpy()) for s in flat["next_state"].split(4096)]
+    low, high = expert.low, expert.high
+    flat["next_action"] = torch.from_numpy(2 * (np.concatenate(pieces) - low) / (high - low) - 1)
+    for update in trange(updates, desc="fitting", unit=" updates"):
+        rows = rng.integers(n, size=BATCH)
+        if len(near):
+            rows[:n_near] = near[rng.integers(len(near), size=n_near)]
+        b = {k: x[rows] for k, x in flat.items()}
+        with torch.no_grad():
+            q_next = torch.stack(target(b["next_state"], b["next_action"])).mean(dim=0)[:, 0]
+            y = (b["reward"] + expert.gamma * (1 - b["terminated"]) * q_next)[:, None]
+        loss = sum(((q - y) ** 2).mean() for q in critic(b["state"], b["action"]))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, 2 * (1 - update / updates))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), TARGET_RATE)
+
+
+def write(expert, old: Path, new: Path, settings: dict) -> None:
+    """The old zip with the expert's critics, and the settings among its plain data."""
+    weights, data = read_sac_zip(old)
+    critics = {f"critic.{k}": v for k, v in expert.critic.state_dict().items()}
+    targets = {k.replace("critic", "critic_target", 1): v for k, v in critics.items()}
+    torch.save(weights | critics | targets, buffer := io.BytesIO())
+    data = json.dumps(data | dict(critics_evaluated=settings), indent=4)
+    changed = {"policy.pth": buffer.getvalue(), "data": data}
+    with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as made:
+        for name in source.namelist():
+            made.writestr(name, changed.get(name) or source.read(name))
+
+
+def calibrate(old: Path, new: Path, settings: dict) -> dict:
+    """What the critics of both zips are worth, by fresh episodes of the mean action."""
+    how = {k: settings[k] for k in ("env_name", "env_kwargs")} | dict(n_workers=1, device="cpu")
+    before, after = (AggreVateDAgent(Config(expert_path=str(x), **how)) for x in (old, new))
+    episodes = [(t, 0) for t in after.evaluate("expert", EPISODES, AUDIT, bar="calibrating")]
+    came = what_came(after, episodes, partial(reprice, fall_reward=settings["fall_reward"]))
+    result = dict(settings=settings, gamma=after.expert.gamma, episodes=EPISODES)
+    return result | dict(before=audit(before, came), after=audit(after, came))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("zip", type=Path, help="a SAC agent of Stable-Baselines3")
+    parser.add_argument("--out", type=Path, required=True, help="the zip to write")
+    parser.add_argument("--env_name", default="BipedalWalkerHardcore-v3")
+    parser.add_argument("--env_kwargs", type=json.loads, default={}, help="JSON")
+    parser.add_argument("--fall_reward", type=float, help="for a last reward of -100 or less")
+    for name, default in dict(steps=1_500_000, updates=80_000, seed=0).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    settings = {k: v for k, v in vars(args).items() if k not in ("zip", "out")}
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    env = make_vec_env(partial(make_env, args.env_name, **args.env_kwargs), N_ENVS, args.seed)
+    expert = SACExpert(args.zip, env.observation_space, env.action_space)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    data = play(expert, env, args.steps, args.seed)
+    data["reward"] = reprice(data["reward"], data["action"], data["fell"], args.fall_reward)
+    fit(expert, data, args.updates, args.seed)
+    write(expert, args.zip, args.out, settings)
+    worth = calibrate(args.zip, args.out, settings)
+    args.out.with_suffix(".json").write_text(json.dumps(worth, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
