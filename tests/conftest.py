@@ -1,25 +1,24 @@
 import contextlib
 import csv
 import io
-import os
+import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 import pytest
 import stable_baselines3
 import torch
-from torch import nn
 
 import aggrevated
 
 torch.set_num_threads(1)
-PENDULUM_EXPERT = ROOT / "rl-trained-agents/sac/Pendulum-v1_1/Pendulum-v1.zip"
+checkpoint = partial(torch.load, weights_only=True)
 
 
 def make_sac(path, env_id="Pendulum-v1", kind="SAC", use_sde=False, **policy_kwargs):
@@ -28,14 +27,10 @@ def make_sac(path, env_id="Pendulum-v1", kind="SAC", use_sde=False, **policy_kwa
     kwargs |= dict(use_sde=use_sde) if kind == "SAC" else {}
     model = getattr(stable_baselines3, kind)("MlpPolicy", env_id, seed=0, device="cpu", **kwargs)
     if kind == "SAC":
-        for layer in (x for x in model.actor.mu.modules() if isinstance(x, nn.Linear)):
+        for layer in (x for x in model.actor.mu.modules() if isinstance(x, torch.nn.Linear)):
             layer.weight.data.mul_(10)
     model.save(path)
     return model
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
 
 
 def equal(a, b):
@@ -54,8 +49,8 @@ def only_run(log_dir):
 
 def evaluations(run):
     """The rows of evaluations.csv without their seconds."""
-    with open(run / "evaluations.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    table = csv.DictReader((run / "evaluations.csv").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +73,11 @@ def small(expert_zip):
 
 @pytest.fixture
 def make_agent(small):
-    """make_agent(**changes): an agent without a run folder."""
-    return lambda **changes: aggrevated.open_agent(None, None, small(**changes))
+    """make_agent(**changes): an agent without a run folder; its workers end with the test."""
+    agents = []
+    yield lambda **changes: agents.append(aggrevated.open_agent(small(**changes))) or agents[-1]
+    for agent in agents:
+        agent.close()
 
 
 @pytest.fixture(scope="session")
@@ -87,15 +85,18 @@ def run_main():
     """run_main(*args, **fields): the command line in this process; its status, out and err."""
 
     def run(*args, **fields):
-        out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-        argv = [str(a) for a in args] + [f"--{k}={v}" for k, v in fields.items()]
+        out, err, argv = io.StringIO(), io.StringIO(), [str(a) for a in args]
+        fields |= {k: json.dumps(v) for k, v in fields.items() if isinstance(v, dict)}
+        argv += [f"--{k}={v}" for k, v in fields.items()]
+        aggrevated.handle_signals(aggrevated.interrupt)  # as the program does
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = aggrevated.main(argv)
         except SystemExit as end:  # argparse's
             status = end.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
     return run

@@ -22,8 +22,7 @@ def gaps(agent, trajectory) -> np.ndarray:
 
 if __name__ == "__main__":
     state = ag.load_checkpoint(HERE / "policies" / "bc_s0.pt")
-    agent = ag.AggreVateDAgent(state["config"])
-    agent.load(state, policy_only=True)
+    agent = ag.AggreVateDAgent(state["config"], state)
     fell, well = [], []
     for t in agent.evaluate("learner", EPISODES, WHY, bar="playing"):
         if t.rewards[-1] == -100:
