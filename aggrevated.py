@@ -214,9 +214,6 @@ class PolicyNetwork(nn.Module):
         return action.clamp(self.offset - reach, self.offset + reach)
 
 
-SQRT_2_PI = math.sqrt(2 / math.pi)
-
-
 class NumpyPolicy:
     """A PolicyNetwork's weights as arrays: for one state torch takes five times as long.
 
@@ -233,7 +230,7 @@ class NumpyPolicy:
         x = np.clip(x, -INPUT_BOUND, INPUT_BOUND)
         for layer in ("fc1", "fc2"):
             x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
-            x = x / 2 * (1 + np.tanh(SQRT_2_PI * (x + 0.044715 * x * x * x)))  # gelu
+            x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # gelu
         u = x @ w["mean.weight"].T + w["mean.bias"]
         if noise is not None:
             share = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
@@ -371,11 +368,6 @@ def make_env(env_name: str, **kwargs) -> gym.Env:
 def terrain_seed(rng: np.random.Generator) -> int:
     """The environment's seed: the first number of a random stream."""
     return int(rng.integers(2**31))
-
-
-def seed_torch(stream: tuple) -> None:
-    """Candidates, samples and minibatches of an iteration are drawn by torch."""
-    torch.manual_seed(int(np.random.default_rng(stream).integers(2**62)))
 
 
 def mixed_policy(learner, expert, state, alpha, noise_scale, rng):
@@ -605,7 +597,7 @@ COLUMNS = "iteration", "env_steps", "seconds", "policy", "episode", "return", "l
 class AggreVateDAgent:
     """Learner, expert, optimiser and data of one run; `train` is Algorithm 1."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, start: dict | None = None, resume=False):
         self.config = c = config.check()
         torch.set_num_threads(1)  # until the workers are forked
         cuda = torch.cuda.is_available() and c.device == "auto"
@@ -625,6 +617,8 @@ class AggreVateDAgent:
         self.iteration = self.env_steps = 0
         self.seconds = 0.0  # of training
         self.rows: list[tuple] = []  # of evaluations.csv
+        if start:
+            self.load(start, resume)
         # a fork needs no imports; Linux alone has a safe one, before any thread
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
@@ -791,17 +785,16 @@ class AggreVateDAgent:
         more = dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
         self.save(run_dir / "last.pt", **more, rows=self.rows)
 
-    def load(self, state: dict, policy_only: bool) -> None:
-        """Take over what `load_checkpoint` read; UserError if it does not fit."""
+    def load(self, state: dict, resume: bool) -> None:
+        """The policy that `load_checkpoint` read, or all of the run; UserError if it is none."""
         bounds = dict(scale=self.policy.scale, offset=self.policy.offset)  # of the task
         with user_error_if(RuntimeError, "The policy has other sizes; set --hidden_dim"):
             self.policy.load_state_dict(state["policy"] | bounds)
-        if policy_only:
-            return
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
-        self.iteration, self.env_steps = state["iteration"], state["env_steps"]
-        self.seconds, self.rows = state["seconds"], state["rows"]
+        if resume:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
+            self.iteration, self.env_steps = state["iteration"], state["env_steps"]
+            self.seconds, self.rows = state["seconds"], state["rows"]
 
     # == 8. Algorithm 1 ================================================================
     def train(self, run_dir: Path) -> None:
@@ -811,7 +804,7 @@ class AggreVateDAgent:
         writer, expert_writer = open_logs(run_dir, c, first)
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             started = time.perf_counter()
-            seed_torch((UPDATE, c.seed, n))
+            torch.manual_seed(int(np.random.default_rng((UPDATE, c.seed, n)).integers(2**62)))
             alpha = decay_alpha(member.alpha, n, c.alpha_decay_iterations)
             streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
             trajectories = self.simulate(streams, alpha, c.roll_in_noise, c.H)
@@ -996,15 +989,9 @@ def open_agent(options: dict) -> AggreVateDAgent:
         if mode == "resume" and state["iteration"] >= config.max_iteration:
             made = f"{path} has made its {state['iteration']} iterations"
             raise UserError(f"{made}; a larger --max_iteration makes more.")
-    agent = AggreVateDAgent(config)
-    try:
-        if state:
-            agent.load(state, policy_only=mode != "resume")
-        if mode:
-            agent.iteration = state["iteration"]
-    except UserError:
-        agent.close()
-        raise
+    agent = AggreVateDAgent(config, state, mode == "resume")
+    if mode == "evaluate":
+        agent.iteration = state["iteration"]  # to say what is scored
     return agent
 
 
@@ -1035,15 +1022,17 @@ def print_banner(agent: AggreVateDAgent, run_dir: Path) -> None:
 
 def interrupt(*_) -> None:
     """Ctrl-C or a kill: stop in good order; the next one, at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(130))
+    handle_signals(lambda *_: os._exit(130))
     raise KeyboardInterrupt
+
+
+def handle_signals(handler) -> None:
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def main(argv=None) -> int:
     """Run the command line; exit status 2 after an error, 130 after an interruption."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
     options = parse(sys.argv[1:] if argv is None else argv)
     agent, run_dir = None, options.get("resume")
     command = f"python {shlex.quote(sys.argv[0])}"
@@ -1072,4 +1061,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    handle_signals(interrupt)
+    status = main()
+    handle_signals(signal.SIG_IGN)  # Python's own end would give them their default back
+    sys.exit(status)
