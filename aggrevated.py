@@ -19,9 +19,10 @@ The paper's Algorithm 1 is `AggreVateDAgent.train`, in the names of this file:
                     errors of the best
 
 What is made likelier, and with which weight, is what the algorithms differ in: see FAMILY.
-The default's target is the expert's action (with evaluated critics: improved by them), its
-weight what the learner's own would cost there by Q*: a regression that needs few steps.
-`--algorithm score` is the paper's own gradient.
+The default's target is the expert's action, its weight how much worse the learner's own
+action is there by Q*: cost-weighted imitation, a regression that needs few steps.  With
+critics that were evaluated (rl-trained-agents/evaluate_critics.py) the target is improved
+by them, and the learner passes its expert.  `--algorithm score` is the paper's gradient.
 """
 
 import argparse
@@ -68,9 +69,9 @@ UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
 VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
 TEST = 16  # + (i,): terrain of test episode i, on which nothing is ever chosen
 
-FORMAT = 2  # of the checkpoints; another number is another network function
-INPUT_BOUND = 10.0  # of standardised inputs: what was constant at first may change later
-EARLY = 3  # iterations in which the return rises: a short evaluation after each
+FORMAT = 2  # of checkpoints: a new number when the same weights would act otherwise
+INPUT_BOUND = 10.0  # clips standardised inputs that were constant in the first data
+EARLY = 3  # first iterations, where the return rises: a short evaluation after each
 
 
 class UserError(Exception):
@@ -184,8 +185,8 @@ class PolicyNetwork(nn.Module):
         x = ((state - self.state_mean) / self.state_std).clamp(-INPUT_BOUND, INPUT_BOUND)
         x = gelu(self.fc1(x), approximate="tanh")
         x = gelu(self.fc2(x), approximate="tanh")  # relu's fit takes twice the updates
-        share = torch.sigmoid(self.log_std(x))  # a clamp's gradient would die
-        log_std = self.log_std_min + share * (self.log_std_max - self.log_std_min)
+        fraction = torch.sigmoid(self.log_std(x))  # a clamp's gradient would die
+        log_std = self.log_std_min + fraction * (self.log_std_max - self.log_std_min)
         return self.mean(x), log_std.exp()
 
     def predict(self, state):
@@ -202,8 +203,8 @@ class PolicyNetwork(nn.Module):
     def get_log_prob(self, state, action):
         """log pi(action | state): a Gaussian's in u, less log |da/du|."""
         mean, std = self(state)
-        share = (action - self.offset) / self.scale
-        u = torch.atanh(share.clamp(-1 + 1e-6, 1 - 1e-6))  # atanh(1) is inf
+        squashed = (action - self.offset) / self.scale
+        u = torch.atanh(squashed.clamp(-1 + 1e-6, 1 - 1e-6))  # atanh(1) is inf
         gaussian = -(((u - mean) / std) ** 2 + math.log(2 * math.pi)) / 2 - std.log()
         log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # stable log(1 - tanh(u)^2)
         return (gaussian - log_slope - self.scale.log()).sum(dim=1, keepdim=True)
@@ -224,18 +225,18 @@ class NumpyPolicy:
         self.w = {name: x.cpu().numpy() for name, x in weights.items()}
 
     def act(self, state, noise=None):
-        """The action of u = mean + std * noise: float32, for one state or a batch."""
+        """The action of u = mean + std * noise, gelu as above: one state or a batch."""
         w = self.w
         x = (state - w["state_mean"]) / w["state_std"]
         x = np.clip(x, -INPUT_BOUND, INPUT_BOUND)
         for layer in ("fc1", "fc2"):
             x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
-            x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # gelu
+            x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # sqrt(2/pi)
         u = x @ w["mean.weight"].T + w["mean.bias"]
         if noise is not None:
-            share = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
+            fraction = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
             low, high = PolicyNetwork.log_std_min, PolicyNetwork.log_std_max
-            u = u + np.exp(low + share * (high - low)) * np.float32(noise)
+            u = u + np.exp(low + fraction * (high - low)) * np.float32(noise)
         return w["offset"] + w["scale"] * np.tanh(u)
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
@@ -282,13 +283,14 @@ def read_sac_zip(path) -> tuple[dict, dict]:
 class SACExpert:
     """A frozen SB3 SAC agent: its mean action, and Q*(s, a) = min over its critics.
 
-    Q* is what the zip's critics say: discounted, and SAC's own with its entropy bonus, or
-    evaluated (`evaluated` says how).  UserError unless it fits the spaces.
+    Q* is what the zip's critics say, discounted.  They are as SAC left them, with its
+    entropy bonus, or were evaluated: fitted anew to the returns of this mean action, as
+    `evaluated` says.  Raises UserError unless it fits the spaces.
     """
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
         weights, data = read_sac_zip(path)
-        kwargs = data.get("policy_kwargs") or {}
+        kwargs = data.get("policy_kwargs") or {}  # "activation_fn": "<class '...ReLU'>"
         activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
         pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
         n_critics = len({k.split(".")[1] for k in weights if k.startswith("critic.qf")})
@@ -307,7 +309,7 @@ class SACExpert:
         self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu)
         self.critic = policy.critic.to(device)
         self.low, self.high = np.float32(action_space.low), np.float32(action_space.high)
-        self.layers = []  # arrays; other activations than ReLU act in torch, more slowly
+        self.layers = []  # arrays, five times as fast; for other activations torch acts
         if activation == "ReLU" and not how["use_sde"]:
             linear = [m for m in self.mean.modules() if isinstance(m, nn.Linear)]
             self.layers = [(m.weight.T.numpy(), m.bias.numpy()) for m in linear]
@@ -360,8 +362,8 @@ def make_env(env_name: str, **kwargs) -> gym.Env:
     spaces = env.observation_space, env.action_space
     boxes = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in spaces)
     if not boxes or not env.action_space.is_bounded():
-        no = "discrete or unbounded actions and images are not supported"
-        raise UserError(f"{env_name} has {spaces}: {no}; choose another task.")
+        reason = "discrete or unbounded actions and images are not supported"
+        raise UserError(f"{env_name} has {spaces}: {reason}; choose another task.")
     return env
 
 
@@ -415,7 +417,7 @@ def start_worker() -> None:
 def gap_weights(q_expert, q_learner, factor: float, cut: float):
     """w = min(1 + factor * gap / mean(gap), cut); all (N, 1).
 
-    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what not doing as the expert costs.
+    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what the learner's action costs.
     """
     gap = (q_expert - q_learner).clamp(min=0)
     mean = gap.mean().clamp(min=1e-4)  # less is rounding
@@ -448,8 +450,9 @@ def expert_action(agent, state):
 def improved_action(agent, state):
     """The mean of M candidates around a*, weighed by softmax(A / tau), (N, action_dim).
 
-    This is MPO's E-step (Abdolmaleki et al. 2018) with the expert as proposal.  A is
-    pessimistic: every critic must agree that a candidate is better than a*.
+    The weights are those of MPO's E-step (Abdolmaleki et al. 2018) with the expert as the
+    proposal.  A is pessimistic, the smallest of all critics' Q_i(s, a) - Q_i(s, a*): they
+    must agree that a candidate is better.  Critics that were not evaluated improve nothing.
     """
     c, improved, a_star = agent.config, [], expert_action(agent, state)
     if c.candidates == 1 or not agent.expert.evaluated:
@@ -474,7 +477,7 @@ def imitate(agent, data):
 
 
 def imitate_by_gap(agent, data, action=None):
-    """The expert's action, where another one, else the learner's now, costs something."""
+    """The expert's action, the more the worse another, else the learner's own, is there."""
     c, target = agent.config, agent.policy.clip_to_range(data["expert_action"])
     q = agent.get_q_star(data["state"], action)
     weight = gap_weights(data["q_expert"], q, c.gap_factor, c.gap_cut)
@@ -482,16 +485,19 @@ def imitate_by_gap(agent, data, action=None):
 
 
 def imitate_by_executed_gap(agent, data):
-    """The expert's action, where the executed one cost something."""
+    """The expert's action, the more the worse the executed one was."""
     return imitate_by_gap(agent, data, data["action"])
 
 
 @torch.no_grad()  # the samples are data; pathwise gradients would be another estimator
 def score_function(agent, data):
-    """The paper's gradient: two of the learner's own samples by A*, Q* less their mean."""
+    """The paper's gradient: the learner's own samples by Q* less its mean over two of them.
+
+    Exact for a natural step or a single minibatch; later ones have moved theta since.
+    """
     state = data["state"].repeat(2, 1)
     action, _ = agent.policy.sample(state)
-    q = agent.get_q_star(state, action).view(2, -1, 1)
+    q = agent.get_q_star(state, action).view(2, -1, 1)  # (sample, state, 1)
     advantage = standardise((q - q.mean(dim=0)).view(-1, 1))
     return state, action, advantage.clamp(-5, 5)  # one state cannot outweigh a minibatch
 
@@ -503,7 +509,7 @@ def min_max(agent, data):
 
 
 def reinforce(agent, data):
-    """The executed action by the return that came; no expert."""
+    """The executed action by the return that came: neither expert nor Q*."""
     return data["state"], data["action"], standardise(data["to_go"])
 
 
@@ -512,7 +518,8 @@ class Member:
     """All that makes one algorithm of the family differ from another."""
 
     alpha: tuple[float, float]  # the expert's share of the roll-in, at first and at last
-    keeps_data: bool  # of earlier iterations; weights are then >= 0
+    keeps_data: bool  # True: of all iterations, drawn in proportion to weights >= 0;
+    # False: of this iteration, and weights of either sign multiply the loss
     label: Callable  # (agent, states) -> the action to imitate
     targets_and_weights: Callable  # (agent, data) -> states, targets, weights
 
@@ -529,7 +536,7 @@ FAMILY = {
 
 
 def decay_alpha(alpha: tuple[float, float], n: int, iterations: int) -> float:
-    """The mixing rate alpha_n: linearly from its first value to its last, where it stays."""
+    """The mixing rate alpha_n: linear from its first value to its last, where it stays."""
     first, last = alpha
     return last + (first - last) * max(0.0, 1.0 - (n - 1) / iterations)
 
@@ -540,7 +547,7 @@ CG_ITERATIONS, DAMPING, HALVINGS = 10, 0.1, 10  # the first author's
 
 
 def mean_kl(old, new) -> torch.Tensor:
-    """Mean KL(old || new) of Gaussians (mean, std), (N, action_dim) each; tanh keeps it."""
+    """Mean KL(old || new) of Gaussians (mean, std), the same before and after the tanh."""
     return kl_divergence(Normal(*old), Normal(*new)).sum(dim=1).mean()
 
 
@@ -572,7 +579,8 @@ def natural_step(policy, loss_of: Callable, state, kl_step: float):
         return parameters_to_vector(product) + DAMPING * v
 
     step = conjugate_gradient(fisher, -gradient)
-    step *= (2 * kl_step / (step @ fisher(step)).clamp(min=1e-12)).sqrt()
+    curvature = (step @ fisher(step)).clamp(min=1e-12)
+    step *= (2 * kl_step / curvature).sqrt()  # KL is about step' I step / 2
     with torch.no_grad():
         line_search(policy, loss_of, state, step, kl_step)
     return loss.detach()
@@ -584,7 +592,8 @@ def line_search(policy, loss_of: Callable, state, step, kl_step: float) -> None:
     start = parameters_to_vector(parameters)
     for halving in range(HALVINGS):
         vector_to_parameters(start + 0.5**halving * step, parameters)
-        if mean_kl(old, policy(state)) <= 1.5 * kl_step and loss_of() < loss:
+        small = mean_kl(old, policy(state)) <= 1.5 * kl_step  # it is quadratic only nearly
+        if small and loss_of() < loss:
             return
     vector_to_parameters(start, parameters)
 
@@ -619,11 +628,11 @@ class AggreVateDAgent:
         self.rows: list[tuple] = []  # of evaluations.csv
         if start:
             self.load(start, resume)
-        # a fork needs no imports; Linux alone has a safe one, before any thread
+        # a fork needs no imports; Linux alone has a safe one, before torch has threads
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
         if c.n_workers > 1:
-            self.pool.submit(int)  # any job starts them
+            self.pool.submit(int)  # any job starts all workers
         torch.set_num_threads(c.n_workers)
 
     def close(self) -> None:
@@ -636,8 +645,8 @@ class AggreVateDAgent:
         players = pickle.dumps((NumpyPolicy(self.policy.state_dict()), self.expert))
         how = players, c.env_name, c.env_kwargs, alpha, noise_scale, horizon
         run = self.pool.map if c.n_workers > 1 else map  # a single one: this process
-        played = run(partial(roll_in, *how), streams)
         with user_error_if(BrokenExecutor, "A worker was killed; set fewer --n_workers"):
+            played = run(partial(roll_in, *how), streams)
             return list(tqdm(played, bar, total=len(streams), disable=bar is None))
 
     @torch.no_grad()
@@ -664,12 +673,13 @@ class AggreVateDAgent:
         }
         arrays = {k: np.concatenate(x, dtype=np.float32) for k, x in columns.items()}
         data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
-        data["expert_action"] = FAMILY[self.config.algorithm].label(self, data["state"])
+        label = FAMILY[self.config.algorithm].label
+        data["expert_action"] = label(self, data["state"])  # perhaps improved by its critics
         data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
         return data
 
     def keep(self, new: dict[str, torch.Tensor]) -> None:
-        """New data join the old ones, of which the newest stay, or replace them."""
+        """Append the new data and drop the oldest, or replace all of them."""
         old = self.experience if FAMILY[self.config.algorithm].keeps_data else {}
         joined = {k: torch.cat([old.get(k, x[:0]), x]) for k, x in new.items()}
         limit = self.config.max_experience_len
@@ -682,10 +692,10 @@ class AggreVateDAgent:
     def update(self, state, target, weight) -> float:
         """Draw `update_sz` transitions and step theta by them (line 5): the mean loss."""
         c = self.config
-        if FAMILY[c.algorithm].keeps_data:  # draw by weight, count alike: less noise
-            share = weight[:, 0].double().cpu()
-            drawn = torch.multinomial(share, c.update_sz, replacement=True)
-            weight = torch.ones_like(weight)
+        if FAMILY[c.algorithm].keeps_data:
+            probability = weight[:, 0].double().cpu()  # less noise than weights in the loss
+            drawn = torch.multinomial(probability, c.update_sz, replacement=True)
+            weight = torch.ones_like(weight)  # each draw counts the same
         else:  # weights with signs stay in the loss
             drawn = torch.randperm(len(weight))[: c.update_sz]
         data = [x[drawn.to(self.device)] for x in (state, target, weight)]
@@ -724,7 +734,7 @@ class AggreVateDAgent:
         return self.simulate(streams, float(who == "expert"), 0.0, self.horizon, bar)
 
     def record(self, who: str, n_episodes: int) -> None:
-        """Evaluate, and add a row an episode to evaluations.csv's."""
+        """Evaluate, and add a row for each episode to evaluations.csv."""
         now = self.iteration, self.env_steps, round(self.seconds, 1), who
         for i, t in enumerate(self.evaluate(who, n_episodes)):
             self.rows.append((*now, i, float(t.rewards.sum()), len(t.rewards)))
@@ -732,30 +742,30 @@ class AggreVateDAgent:
     def returns_of(self, who: str) -> dict[int, np.ndarray]:
         """Validation returns (episodes,) by iteration."""
         returns: dict[int, np.ndarray] = {}
-        for row in self.rows:
-            if row[3] == who:
-                returns[row[0]] = np.append(returns.get(row[0], []), row[5])
+        for n, _, _, player, _, episode_return, _ in self.rows:
+            if player == who:
+                returns[n] = np.append(returns.get(n, []), episode_return)
         return returns
 
     def best_iterate(self) -> int:
         """The latest iterate within two standard errors of the one with the highest mean.
 
-        The difference is paired, on the same terrains, and the error its own: the highest
-        mean of 20 episodes itself is often luck.  Short evaluations count only while there
-        is nothing else.
+        Differences and their errors are paired, on the same terrains: the highest mean of
+        20 episodes is often luck.  Short evaluations count only while there is no other.
         """
         learner, episodes = self.returns_of("learner"), self.config.eval_episodes
         whole = {n: x for n, x in learner.items() if len(x) == episodes}
         if not whole:
             return max(learner)
         best = max(whole.values(), key=np.mean)
-        losses = {n: mean_and_error(best - x) for n, x in whole.items()}
-        return max(n for n, (mean, error) in losses.items() if not mean > 2 * error)
+        behind = {n: mean_and_error(best - x) for n, x in whole.items()}
+        # of a single episode the error is NaN, and the latest iterate is kept
+        return max(n for n, (mean, error) in behind.items() if not mean > 2 * error)
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert; saves best.pt if this is the best iterate (line 7)."""
         n, episodes = self.iteration, self.config.eval_episodes
-        solved = self.threshold
+        threshold = self.threshold
         if not self.rows:
             self.record("expert", episodes)
         self.record("learner", episodes if whole else math.ceil(episodes / 4))
@@ -766,10 +776,10 @@ class AggreVateDAgent:
         if n == self.best_iterate():
             self.save(run_dir / "best.pt", score=float(learner.mean()))
         now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:5.0f} s"
-        scores = f"learner {describe(learner, solved)}  expert {expert.mean():.1f}"
+        scores = f"learner {describe(learner, threshold)}  expert {expert.mean():.1f}"
         tqdm.write(f"{now}  {scores}")
-        if n == 1 and solved and expert.mean() < solved - abs(solved) / 2:
-            tqdm.write(f"warning: the expert itself is poor; from {solved:g} on it is solved")
+        if n == 1 and threshold and expert.mean() < threshold - abs(threshold) / 2:
+            tqdm.write(f"warning: the expert itself is poor; solved is {threshold:g}")
         return learner, expert
 
     def save(self, path: Path, **more) -> None:
@@ -781,14 +791,14 @@ class AggreVateDAgent:
             os.replace(path.with_suffix(".tmp"), path)
 
     def save_last(self, run_dir: Path) -> None:
-        """last.pt: what going on needs."""
+        """last.pt: all that resuming needs."""
         more = dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
         self.save(run_dir / "last.pt", **more, rows=self.rows)
 
     def load(self, state: dict, resume: bool) -> None:
-        """The policy that `load_checkpoint` read, or all of the run; UserError if it is none."""
+        """Take a checkpoint's policy, or all of it to resume; UserError if it does not fit."""
         bounds = dict(scale=self.policy.scale, offset=self.policy.offset)  # of the task
-        with user_error_if(RuntimeError, "The policy has other sizes; set --hidden_dim"):
+        with user_error_if(RuntimeError, "The policy's sizes differ; check the environment"):
             self.policy.load_state_dict(state["policy"] | bounds)
         if resume:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -811,11 +821,11 @@ class AggreVateDAgent:
             new = self.label(trajectories)
             if n == 1 and not c.init_path:
                 self.policy.standardise_inputs(new["state"])
-            gap = new["q_expert"] - self.get_q_star(new["state"])
+            gap = new["q_expert"] - self.get_q_star(new["state"])  # for the log
             self.keep(new)
             targets = member.targets_and_weights(self, self.experience)
             loss = self.update(*targets)
-            self.iteration, self.env_steps = n, self.env_steps + len(gap)
+            self.iteration, self.env_steps = n, self.env_steps + len(new["state"])
             self.seconds += time.perf_counter() - started
             now = {
                 "train/loss": loss,
@@ -841,10 +851,12 @@ def mean_and_error(x: np.ndarray) -> tuple[float, float]:
 
 
 def describe(returns: np.ndarray, threshold=None) -> str:
-    """Mean return ± its standard error, and the share that is solved if anything is."""
+    """Mean return ± its standard error, and the share that reaches the threshold."""
     mean, error = mean_and_error(returns)
     text = f"{mean:7.1f} ± {error:.1f}"
-    return f"{text}, {(returns >= threshold).mean():4.0%} solved" if threshold else text
+    if threshold is not None:
+        text += f", {(returns >= threshold).mean():4.0%} solved"
+    return text
 
 
 def log(writer: SummaryWriter, n: int, scalars: dict) -> None:
@@ -898,9 +910,9 @@ def load_checkpoint(path) -> dict:
     errors = *BAD_FILE, TypeError  # of a Config with other fields
     with user_error_if(errors, f"{path} is damaged or of another program; give another"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"] = Config(**state["config"])
         if state.get("format") != FORMAT:
             raise ValueError(f"format {state.get('format')}, not {FORMAT}: train anew")
+        state["config"] = Config(**state["config"])
     return state
 
 
@@ -920,15 +932,16 @@ def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
             frame = Image.fromarray(env.render())
             frame.thumbnail((480, 480))
             text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
-            ImageDraw.Draw(frame).text((8, 8), text, "black")
+            ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=20)
             frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
-        env.step(action.astype(env.action_space.dtype))
+        space = env.action_space
+        env.step(np.clip(action, space.low, space.high).astype(space.dtype))
     env.close()
     return frames
 
 
 def save_gif(agent: AggreVateDAgent, run_dir: Path) -> None:
-    """`draw_episode` as final.gif and among TensorBoard's IMAGES; none is no error."""
+    """`draw_episode` as final.gif and in TensorBoard's IMAGES, where it can be drawn."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     path, env_name = run_dir / "final.gif", agent.config.env_name
     try:
@@ -966,7 +979,7 @@ def parse(argv: list[str]) -> dict:
     for f in fields(Config):
         default = getattr(Config(), f.name)
         note = f.metadata.get("note", "") + (f" (default: {default})" if default else "")
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
+        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
         kind = types.get(f.type, f.type)
         parser.add_argument(*names, dest=f.name, type=kind, help=note)
     return vars(parser.parse_args(argv))
@@ -980,9 +993,10 @@ def open_agent(options: dict) -> AggreVateDAgent:
         config = Config(**changes).check()
         state = load_checkpoint(config.init_path) if config.init_path else None
     else:
-        for name in changes.keys() - MAY_CHANGE[mode]:
+        fixed = sorted(changes.keys() - MAY_CHANGE[mode])
+        if fixed:
             can = ", ".join(sorted(MAY_CHANGE[mode]))
-            raise UserError(f"--{name} cannot change with --{mode}; what can: {can}.")
+            raise UserError(f"--{fixed[0]} cannot change with --{mode}; what can: {can}.")
         path = Path(options[mode])
         state = load_checkpoint(path / "last.pt" if mode == "resume" else path)
         config = replace(state["config"], **changes).check()
@@ -1063,5 +1077,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     handle_signals(interrupt)
     status = main()
-    handle_signals(signal.SIG_IGN)  # Python's own end would give them their default back
+    handle_signals(signal.SIG_IGN)  # while Python ends, which would restore the defaults
     sys.exit(status)

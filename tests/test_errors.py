@@ -3,27 +3,25 @@
 import base64
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import traceback
 import zipfile
+from dataclasses import asdict, make_dataclass
 
-import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, make_sac
+from conftest import checkpoint, make_sac, only_run
 from stable_baselines3 import SAC
 
 import aggrevated
-from aggrevated import AggreVateDAgent, SACExpert, make_env
+from aggrevated import AggreVateDAgent, Config, SACExpert, UserError, make_env
 
-MOUNTAIN = "MountainCarContinuous-v0"
-SPACES = (lambda env: (env.observation_space, env.action_space))(make_env("Pendulum-v1"))
-
-
-def files(folder):
-    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
+STRANGE, MOUNTAIN = "stranger_envs:Strange-v0", "MountainCarContinuous-v0"
 
 
 @pytest.fixture
@@ -31,17 +29,25 @@ def refused(run_main, small, tmp_path, monkeypatch):
     """refused(*args, **changes): the sentence with which a run ends before it has written."""
     monkeypatch.chdir(tmp_path)  # where the Bomb below would leave its trace
 
+    def files():
+        return {str(p): p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+
     def run(*args, **changes):
-        before = files(tmp_path)
-        result = run_main(
-            *args, **(changes if args else small(log_dir=tmp_path / "logs") | changes)
-        )
+        values, before = changes if args else small(log_dir=tmp_path / "logs") | changes, files()
+        result = run_main(*args, **values)
         *usage, sentence = result.err.splitlines()
-        assert result.status == 2 and files(tmp_path) == before and not result.out
+        assert result.status == 2 and files() == before and not result.out
         assert "error: " in sentence and all(x.startswith("usage: ") for x in usage), result.err
         return sentence
 
     return run
+
+
+@pytest.fixture
+def run_strange(run_main, small, tmp_path):
+    """run_strange(env_kwargs, **changes): the result of a run in another's environment."""
+    values = small(env_name=STRANGE, log_dir=tmp_path / "logs")
+    return lambda env_kwargs={}, **changes: run_main(**values | changes, env_kwargs=env_kwargs)
 
 
 @pytest.fixture
@@ -54,48 +60,59 @@ def run(finished, tmp_path):
     return shutil.copytree(finished[1], tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "option, mend",
-    [
-        ("algorithm=magic", "invalid choice: 'magic' .*aggrevated"),
-        ("K=many", "--K: invalid int value: 'many'"),
-        ("lr=fast", "--lr: invalid float value: 'fast'"),
-        ("no_such=1", "unrecognized arguments: --no_such=1"),
-        ("K=0", "K is 0; give 1 to inf"),
-        ("n_workers=65", "n_workers is 65; give 1 to 64"),
-        ("gamma=1.1", "gamma is 1.1; give 0 to 1"),
-        ("lr=nan", "lr is nan; give 1e-12 to 1"),
-        ("seed=-1", "seed is -1; give 0 to"),
-        (f"seed={2**64}", "give 0 to 4294967296"),
-        ("env_name=Nonsense-v0", "'Nonsense-v0' cannot be made; check it"),
-        ("env_name=no_such_module:Tiny-v0", "cannot be made; check it"),
-        ("env_name=CartPole-v1", "Discrete.*choose one with 1-D Boxes and bounded actions"),
-        ("env_name=tiny_envs:Unbounded-v0", "choose one with 1-D Boxes and bounded actions"),
-        ("log_dir=file", "cannot be written; set --log_dir"),
-    ],
-)
+# -- options and constants -------------------------------------------------------------------------
+OPTIONS = [
+    ("algorithm=magic", "algorithm is '?magic'?; .*bc, dagger.*aggrevated"),
+    ("no_such=1", "unrecognized arguments: --no_such=1"),
+    ("max-iteration=0", "max_iteration is 0; give 1 to"),
+    ("K=2.5", "K is 2.5; .*int"),
+    ("lr=nan", "lr is nan; give 1e-12 to 1"),
+    (f"seed={2**64}", "give 0 to 4294967296"),
+    ("env_kwargs={g: 10}", "(?i)env_kwargs.* invalid .*json"),
+    ("env_kwargs=[10]", r"env_kwargs is \[10\]; .*dict"),
+    ('env_kwargs={"gravity": 1}', "cannot be made; check .*env_kwargs.*gravity"),
+    ("env_name=no_such_module:Tiny-v0", "cannot be made; check"),
+    ("env_name=CartPole-v1", "Discrete.* not supported; choose another"),
+    ("env_name=tiny_envs:Unbounded-v0", "unbounded actions.* not supported; choose another"),
+    ("log_dir=file", "cannot be written; set --log_dir"),
+    ("init_path=nowhere", "There is no nowhere; give a run folder or a policy file"),
+]
+
+
+@pytest.mark.parametrize("option, mend", OPTIONS)
 def test_option(refused, tmp_path, option, mend):
     (tmp_path / "file").touch()
     name, value = option.split("=")
-    assert re.search(mend, refused(**{name: value}))
+    assert re.search(mend, sentence := refused(**{name: value})), sentence
 
 
-def test_unknown_member_of_the_family():
-    with pytest.raises(aggrevated.UserError, match="'magic'; give one of bc, dagger"):
-        aggrevated.Config(algorithm="magic").check()
+def test_constants_have_types_and_need_no_note(run_strange, run_main, tmp_path, monkeypatch):
+    for name, value in (("K", 2.5), ("K", True), ("lr", "0.01"), ("log_dir", 3)):
+        with pytest.raises(UserError, match=f"{name} is {value!r}; .* type"):
+            Config(**{name: value}).check()
+    config = Config(max_experience_len=3e5, lr=1).check()
+    assert (type(config.max_experience_len), type(config.lr)) == (int, float)
+    config = make_dataclass("Config", [("new", int, 3)], bases=(Config,))
+    monkeypatch.setattr(aggrevated, "Config", config)
+    text = "".join(run_main("--help").out.split())  # wherever the lines were broken
+    for name, default in asdict(config()).items():
+        assert f"--{name}" in text and (f"(default:{default})" in text or not default)
+    assert "(default:)" not in text and "new is 4.5; " in run_strange(new=4.5).err
+    assert run_strange(new=4, **{"update-sz": "1e2"}).status == 0  # dashes will do
+    config = json.loads((only_run(tmp_path / "logs") / "config.json").read_text())
+    assert (config["update_sz"], config["new"]) == (100, 4)
 
 
-def test_resume_or_evaluate(run, refused):
-    assert "not allowed with argument" in refused("--resume", run, "--evaluate", run)
+@pytest.mark.parametrize(
+    "case", ["resume env_kwargs={} max_iteration", "evaluate K=3 eval_episodes"]
+)
+def test_option_that_cannot_change(finished, refused, case):
+    mode, option, can = case.split()
+    sentence = refused(f"--{mode}", finished[1], f"--{option}")
+    assert re.search(f"--{option.split('=')[0]} cannot change with --{mode}; .*{can}", sentence)
 
 
-@pytest.mark.parametrize("option", ["K=3", "seed=1", "lr=0.1", "env_name=X", "log_dir=x"])
-def test_option_that_cannot_change_on_resume(finished, refused, option):
-    sentence = refused("--resume", finished[1], f"--{option}")
-    name = option.split("=")[0]
-    assert f"--{name} cannot change on --resume; start a new run with it" in sentence
-
-
+# -- experts ---------------------------------------------------------------------------------------
 class Bomb:
     """Unpickling one makes a folder."""
 
@@ -103,125 +120,152 @@ class Bomb:
         return os.mkdir, ("executed",)
 
 
-def torch_bytes(value, new_format=True):
-    torch.save(value, buffer := io.BytesIO(), _use_new_zipfile_serialization=new_format)
-    return buffer.getvalue()
+def change_weights(path, change, zipped=True, member="policy.pth"):
+    """change(name, tensor) for all weights; a zip's last member of a name is the one that counts."""
+    with zipfile.ZipFile(path, "a") as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+        weights, buffer = {name: change(name, x) for name, x in weights.items()}, io.BytesIO()
+        torch.save(weights, buffer, _use_new_zipfile_serialization=zipped)
+        archive.writestr(member, buffer.getvalue())
 
 
-def unpack(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
 
 
-def weights_in(path):
-    return torch.load(io.BytesIO(unpack(path)["policy.pth"]), weights_only=True)
+def like_tqc(name, x):
+    """Its critics have many outputs; the names of its weights are SAC's."""
+    return x.repeat_interleave(25, dim=0) if re.match(r"critic.*\.4\.", name) else x
 
 
-def pack(path, members):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-def repack(path, **members):
-    pack(path, unpack(path) | {k.replace("_pth", ".pth"): v for k, v in members.items()})
-
-
-def truncate(path, share):
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-
-
+DAMAGED = "is damaged or no SB3 agent; set .*--expert_path"
 BAD_EXPERTS = {
-    "missing": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "random bytes": lambda path: path.write_bytes(np.random.default_rng(0).bytes(10_000)),
-    "empty": lambda path: truncate(path, 0),
-    "half": lambda path: truncate(path, 0.5),
-    "a plain zip": lambda path: pack(path, dict(hello=b"world")),
-    "PPO": lambda path: make_sac(path, kind="PPO"),
-    "TD3": lambda path: make_sac(path, kind="TD3"),
-    "of another environment": lambda path: make_sac(path, MOUNTAIN),
-    "settings not JSON": lambda path: repack(path, data=b"\0"),
-    "code in the weights": lambda path: repack(path, policy_pth=torch_bytes(Bomb())),
-    "code in the old format": lambda path: repack(path, policy_pth=torch_bytes(Bomb(), False)),
-    "code elsewhere": lambda path: repack(path, pytorch_variables_pth=torch_bytes(Bomb())),
+    "missing": (lambda path: path.unlink(), "There is no .*; set .*--expert_path"),
+    "half": (truncate, DAMAGED),
+    "empty": (lambda path: zipfile.ZipFile(path, "w").close(), DAMAGED),
+    "PPO": (lambda path: make_sac(path, kind="PPO"), "holds a PPO or A2C agent.*--expert_path"),
+    "A2C": (lambda path: make_sac(path, kind="A2C"), "holds a PPO or A2C agent"),
+    "DQN": (lambda path: make_sac(path, "CartPole-v1", "DQN"), "holds a DQN agent"),
+    "TD3": (lambda path: make_sac(path, kind="TD3"), "holds a TD3 or DDPG agent"),
+    "TQC": (lambda path: change_weights(path, like_tqc), "TQC.* no SAC critics; .*--expert_path"),
+    "another task's": (lambda path: make_sac(path, MOUNTAIN), "another task; set .*--expert_path"),
+    "code": (lambda path: change_weights(path, lambda *_: Bomb()), DAMAGED),
+    "code, old": (lambda path: change_weights(path, lambda *_: Bomb(), False), DAMAGED),
 }
 
 
-@pytest.mark.parametrize("damage", BAD_EXPERTS.values(), ids=BAD_EXPERTS)
-def test_expert_that_is_no_sac_agent_for_the_environment(expert, refused, damage):
+@pytest.mark.parametrize("damage, mend", BAD_EXPERTS.values(), ids=BAD_EXPERTS)
+def test_expert_that_is_no_sac_agent_for_the_task(expert, refused, damage, mend):
     damage(expert)
     sentence = refused(expert_path=expert)
-    assert f"{expert} is no SB3 SAC agent for this environment; set another --exp" in sentence
+    assert str(expert) in sentence and re.search(mend, sentence), sentence
 
 
-def test_code_in_an_experts_settings_is_not_run(expert, tmp_path, monkeypatch):
+def test_old_weights_are_read_and_code_beside_them_is_not_run(expert, expert_zip, refused):
     """SB3's own loading runs it: the code here would do something."""
-    monkeypatch.chdir(tmp_path)
-    data, code = json.loads(unpack(expert)["data"]), base64.b64encode(pickle.dumps(Bomb())).decode()
-    for value in [v for v in data.values() if isinstance(v, dict) and ":serialized:" in v]:
-        value[":serialized:"] = code
-    repack(expert, data=json.dumps(data).encode())
-    SACExpert(expert, *SPACES)
-    assert not (tmp_path / "executed").exists()
+    change_weights(expert, lambda name, x: x, zipped=False)
+    change_weights(expert, lambda *_: Bomb(), member="pytorch_variables.pth")
+    with zipfile.ZipFile(expert, "a") as archive:
+        code = base64.b64encode(pickle.dumps(Bomb())).decode()
+        data = re.sub('(":serialized:": )"[^"]*"', rf'\1"{code}"', archive.read("data").decode())
+        archive.writestr("data", data)
+    env, state = make_env("Pendulum-v1"), torch.randn(20, 3).numpy()
+    spaces = env.observation_space, env.action_space
+    a, b = (SACExpert(path, *spaces).predict(state) for path in (expert, expert_zip))
+    assert (a == b).all() and not os.path.exists("executed")
     with pytest.raises(Exception):  # noqa: B017
         SAC.load(expert, device="cpu")
-    assert (tmp_path / "executed").exists()
+    assert os.path.exists("executed")
 
 
-def test_expert_whose_weights_are_in_torchs_old_format_is_read(expert, expert_zip):
-    repack(expert, policy_pth=torch_bytes(weights_in(expert), new_format=False))
-    assert not zipfile.is_zipfile(io.BytesIO(unpack(expert)["policy.pth"]))
-    state = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    a, b = (SACExpert(path, *SPACES) for path in (expert, expert_zip))
-    np.testing.assert_array_equal(a.predict(state), b.predict(state))
+@pytest.mark.parametrize("place", [".", "copy", "Strange-v0"])  # beside, the zip's, the task's
+def test_expert_behind_vecnormalize_is_warned_of(place, expert, run_strange, tmp_path):
+    assert "VecNormalize" not in run_strange(expert_path=expert).out
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "vecnormalize.pkl").touch()
+    assert run_strange(expert_path=expert).out.count("VecNormalize") == 1
 
 
-def test_critics_that_are_nan(expert, tmp_path, run_main, small):
-    weights = weights_in(expert)
-    weights["critic.qf0.0.weight"][0, 0] = torch.nan
-    repack(expert, policy_pth=torch_bytes(weights))
-    result = run_main(**small(expert_path=expert, log_dir=tmp_path / "logs"))
-    assert result.status == 2
-    assert "error: Q* is NaN or infinite on a visited state; use another expert." in result.err
+PAY = [("Solvable", 2.4, 1), ("Solvable", 2.6, 0), ("Negative", -0.15, 0), ("Strange", -9, 0)]
 
 
-def test_loss_that_is_nan(tmp_path, run_main, small, monkeypatch):
-    loss = AggreVateDAgent.loss
-    monkeypatch.setattr(AggreVateDAgent, "loss", lambda *x: torch.nan * loss(*x))
-    result = run_main(**small(log_dir=tmp_path / "logs"))
-    assert result.status == 2 and "error: The loss became NaN or infinite; lower --lr" in result.err
+@pytest.mark.parametrize("task, pay, poor", PAY)  # 20 times; "solved" is from 100 or -3.75 on
+def test_poor_expert_is_warned_of_once(task, pay, poor, run_strange):
+    out = run_strange(dict(pay=pay), env_name=f"stranger_envs:{task}-v0").out
+    assert out.count("iteration ") == 2 and out.count("expert itself is poor") == poor
+    shares = dict(Solvable=["0%", "0%"], Negative=["100%", "100%"], Strange=[])
+    assert re.findall(r"(\d+%) solved", out) == shares[task]
+    assert re.search(r"No final.gif: .*-v0 cannot be drawn here \(\w", out)
 
 
-def other_network(path):
-    state = checkpoint(path)
-    state["policy"]["fc1.weight"] = torch.zeros(16, 5)
-    torch.save(state, path)
+# -- checkpoints -----------------------------------------------------------------------------------
+def change(path, **parts):
+    torch.save(checkpoint(path) | parts, path)
 
 
-NO_CHECKPOINT = "is not a checkpoint of this version; give a run folder"
 BAD_CHECKPOINTS = {
-    "missing": (lambda path: path.unlink(), NO_CHECKPOINT),
-    "empty": (lambda path: truncate(path, 0), NO_CHECKPOINT),
-    "half": (lambda path: truncate(path, 0.5), NO_CHECKPOINT),
-    "unknown field": (lambda path: torch.save(dict(config=dict(x=1)), path), NO_CHECKPOINT),
-    "wrong value": (lambda path: torch.save(dict(config=dict(K=0)), path), "K is 0; give 1"),
-    "of another network": (other_network, "does not fit; give one of this network and env"),
-    "code": (lambda path: path.write_bytes(torch_bytes(Bomb())), NO_CHECKPOINT),
-    "code, old": (lambda path: path.write_bytes(torch_bytes(Bomb(), False)), NO_CHECKPOINT),
+    "damaged": truncate,
+    "format 1.*train anew": lambda path: change(path, format=1),
+    "another program": lambda path: change(path, config=dict(x=1)),
+    "damaged ": lambda path: change(path, more=Bomb()),
+    "--resume": lambda path: path.unlink(),
 }
 
 
-@pytest.mark.parametrize("option", ["--resume", "--evaluate", "--init_path"])
-@pytest.mark.parametrize("damage, mend", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
-def test_checkpoint_that_is_damaged(run, refused, option, damage, mend):
-    damage(path := run / ("last.pt" if option == "--resume" else "best.pt"))
-    sentence = refused(init_path=path) if option == "--init_path" else refused(option, run)
-    assert mend in sentence
+@pytest.mark.parametrize("mend, damage", BAD_CHECKPOINTS.items())
+def test_checkpoint_that_is_damaged(run, refused, mend, damage):
+    damage(run / "best.pt")
+    ways = refused("--evaluate", run), refused(init_path=run)
+    assert all(re.search(mend, sentence) for sentence in ways), ways
 
 
-def test_checkpoint_of_another_environment(run, refused):
-    expert, values = run / "mountain.zip", dict(env_name=MOUNTAIN)
-    make_sac(expert, MOUNTAIN)
-    assert "does not fit" in refused(init_path=run / "best.pt", expert_path=expert, **values)
-    assert "no SB3 SAC agent for this environment" in refused("--evaluate", run, **values)
+def test_checkpoint_of_another_task_and_damaged_last_one(run, refused, tmp_path):
+    make_sac(expert := tmp_path / "mountain.zip", MOUNTAIN)
+    assert "another task; set" in refused("--evaluate", run, env_name=MOUNTAIN)
+    assert "sizes" in refused(init_path=run, expert_path=expert, env_name=MOUNTAIN, n_workers=2)
+    assert not multiprocessing.active_children()
+    truncate(run / "last.pt")
+    assert "damaged" in refused("--resume", run)
+
+
+@pytest.mark.parametrize("init_path", ["", "best.pt"])
+def test_fault_of_our_own_is_not_told_as_a_damaged_file(init_path, run, run_strange, monkeypatch):
+    monkeypatch.setattr(aggrevated.torch, "load", lambda *args, **kwargs: None.bug)
+    with pytest.raises(AttributeError, match="bug"):
+        run_strange(init_path=init_path and run / init_path)
+
+
+# -- environments, and what is NaN -----------------------------------------------------------------
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_environment_that_raises_keeps_its_traceback(run_strange, run_main, tmp_path, n_workers):
+    kwargs = dict(broken=str(broken := tmp_path / "broken"), dtype="float64")
+    result = run_strange(kwargs, n_workers=n_workers)
+    assert result.status == 0 and "No final.gif" not in result.out, result.err
+    run, _ = only_run(tmp_path / "logs"), broken.touch()
+    assert json.loads((run / "config.json").read_text())["env_kwargs"] == kwargs
+    with pytest.raises(ArithmeticError, match="the motor is gone") as raised:
+        run_main("--resume", run, max_iteration=5)
+    assert "in step" in "".join(traceback.format_exception(raised.value))
+    assert not multiprocessing.active_children()
+    last, _ = checkpoint(run / "last.pt"), broken.unlink()
+    assert last["iteration"] == 2 and last["config"]["env_kwargs"] == kwargs
+    assert run_main("--resume", run, max_iteration=3).status == 0
+    result = run_main("--evaluate", run, env_kwargs=kwargs | dict(pay=1.0))  # for 20 steps
+    assert re.search("learner +20.0 ± 0.0", result.out)
+
+
+NAN = dict(observation="Strange-v0 .*NaN", critics="Q.* NaN .*another expert", loss="NaN.*--lr")
+
+
+@pytest.mark.parametrize("what", NAN)
+def test_nan_ends_the_run_before_it_is_kept(what, run_strange, expert, tmp_path, monkeypatch):
+    loss, bad = AggreVateDAgent.loss, "critic.qf0.0.weight"
+    if what == "critics":
+        change_weights(expert, lambda name, x: x * torch.nan if name == bad else x)
+    if what == "loss":
+        monkeypatch.setattr(AggreVateDAgent, "loss", lambda *x: torch.nan * loss(*x))
+    kwargs = dict(nan_at=19 if what == "observation" else None)
+    result = run_strange(kwargs, n_workers=2, expert_path=expert)
+    assert result.status == 2 and "Traceback" not in result.err
+    assert re.search(f"error: .*{NAN[what]}", result.err), result.err
+    assert checkpoint(only_run(tmp_path / "logs") / "last.pt")["iteration"] == 0

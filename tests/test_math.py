@@ -1,4 +1,7 @@
+"""The mathematics, against sources that share no code with it."""
+
 import copy
+import pickle
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -7,20 +10,22 @@ import pytest
 import tiny_envs  # noqa: F401  (registers them)
 import torch
 from conftest import make_sac
+from torch import distributions as D
 from torch import nn
-from torch.distributions import Normal
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from aggrevated import (
-    AggreVateDAgent, PolicyNetwork, SACExpert, conjugate_gradient, gap_weights, mean_kl,
-    natural_step, returns_to_go, standardise,
+    FAMILY, AggreVateDAgent, Config, NumpyPolicy, PolicyNetwork, SACExpert, conjugate_gradient,
+    gap_weights, improved_action, line_search, mean_kl, natural_step, normalize_q_star, returns_to_go,
+    standardise,
 )  # fmt: skip
 
 BOXES = {
     "one": gym.spaces.Box(-1, 1, (2,)),
-    "two": gym.spaces.Box(-2, 2, (1,)),
     "narrow": gym.spaces.Box(5, 5.5, (1,)),
     "asymmetric": gym.spaces.Box(np.float32([-3, 0]), np.float32([1, 10])),
+    "far": gym.spaces.Box(100, 101, (1,)),
+    "double": gym.spaces.Box(np.array([-0.3]), np.array([0.1]), dtype=np.float64),
 }
 each_box = pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 
@@ -41,174 +46,211 @@ def states(n, dim=4, seed=1):
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def ends(box):
-    return torch.as_tensor(box.low).double(), torch.as_tensor(box.high).double()
-
-
+# -- the learner -----------------------------------------------------------------------------------
 @each_box
-def test_log_prob_is_a_gaussians_after_a_change_of_variables(box):
-    policy, state, (low, high) = make_policy(box), states(200), ends(box)
-    y = 1.98 * torch.rand(200, len(low), dtype=torch.float64) - 0.99
-    mean, std = policy(state)
-    slope = (high - low) / 2 * (1 - y**2)  # of the action by u
-    expected = (Normal(mean, std).log_prob(torch.atanh(y)) - slope.log()).sum(1, keepdim=True)
-    log_prob = policy.get_log_prob(state, low + (y + 1) / 2 * (high - low))
-    assert log_prob.shape == (200, 1)
-    torch.testing.assert_close(log_prob, expected)
-
-
-@each_box
-def test_density_integrates_to_1(box):
-    policy, (low, high), n = make_policy(box), ends(box), 20_000 if box.shape == (1,) else 300
-    axes = [a + (b - a) * (torch.arange(n) + 0.5) / n for a, b in zip(low, high)]
-    action = torch.cartesian_prod(*axes).view(-1, len(low))
-    cell = ((high - low) / n).prod().item()
-    for state in states(3):
-        density = policy.get_log_prob(state.expand(len(action), -1), action).exp()
-        assert density.sum().item() * cell == pytest.approx(1, abs=1e-3)
-
-
-@each_box
-def test_samples_have_the_distribution_and_the_log_prob_of_the_policy(box):
-    policy, state, (low, high) = make_policy(box), states(1).expand(20_000, -1), ends(box)
-    action, log_prob = policy.sample(state)
-    assert action.shape == (20_000, len(low)) and log_prob.shape == (20_000, 1)
-    mean, std = (x[0].detach() for x in policy(state))
-    z = (torch.atanh(2 * (action.detach() - low) / (high - low) - 1) - mean) / std
-    assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.03
-    torch.testing.assert_close(log_prob, policy.get_log_prob(state, action), rtol=1e-4, atol=1e-4)
-    action.sum().backward()  # reparameterised
-    assert (policy.mean.bias.grad != 0).all() and (policy.log_std.bias.grad != 0).all()
+def test_log_prob_is_that_of_torchs_transformed_distribution(box):
+    policy, state = make_policy(box), states(200)
+    squash = [D.TanhTransform(), D.AffineTransform(policy.offset, policy.scale)]
+    action = policy.offset + policy.scale * (1.98 * torch.rand(200, *box.shape).double() - 0.99)
+    expected = D.TransformedDistribution(D.Normal(*policy(state)), squash).log_prob(action)
+    own = policy.get_log_prob(state, action)
+    torch.testing.assert_close(own, expected.sum(1, keepdim=True), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [-100.0, 0.0, 100.0])
 @each_box
-def test_values_and_gradients_are_finite_at_the_bounds(box, bias):
+def test_values_and_gradients_are_finite_at_the_ends_of_the_range(box, bias):
     policy, state = make_policy(box).float(), states(3).float()
     nn.init.constant_(policy.log_std.bias, bias)
     std = policy(state)[1]
     assert (std >= np.exp(-2.001)).all() and (std <= np.exp(-0.999)).all()
-    low, high = (x.float().expand(3, -1) for x in ends(box))
+    low, high = torch.tensor(np.array([box.low, box.high])).float().expand(3, 2, -1).unbind(1)
     for action in (low, high, low - 1, high + 1, (low + high) / 2):
-        policy.zero_grad()
         log_prob = policy.get_log_prob(state, action)
-        log_prob.sum().backward()
-        assert log_prob.isfinite().all()
-        assert all(p.grad.isfinite().all() for p in policy.parameters())
-        assert bias or all((p.grad != 0).any() for p in policy.parameters())
+        gradient = torch.autograd.grad(log_prob.sum(), list(policy.parameters()))
+        assert all(x.isfinite().all() for x in (log_prob, *gradient))
+        assert bias or all((x != 0).any() for x in gradient)
 
 
 @each_box
-def test_prediction_is_the_squashed_mean_of_standardised_inputs(box):
-    policy, state, (low, high) = make_policy(box), states(50), ends(box)
-    layers = policy.fc1, nn.GELU(), policy.fc2, nn.GELU(), policy.mean
-    mean = nn.Sequential(*layers)((state - 0.3) / 1.7)
-    expected = low + (high - low) * (torch.tanh(mean) + 1) / 2
-    torch.testing.assert_close(policy.predict(state), expected)
+def test_torch_and_numpy_are_the_same_squashed_network_of_standardised_inputs(box):
+    policy, state = make_policy(box).float(), states(99).float()
+    noise = np.random.default_rng(0).normal(size=(99, *box.shape))
+    own, gelu = NumpyPolicy(policy.state_dict()), nn.GELU(approximate="tanh")
+    network = nn.Sequential(policy.fc1, gelu, policy.fc2, gelu, policy.mean)
+    u = network((state - 0.3) / 1.7).detach().double().numpy()
+    middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
+    bound = 2e-6 * half + 3 * np.spacing(np.float32(box.high))  # 101's neighbours are 8e-6 away
+    mean, state = policy.predict(state).detach().numpy(), state.numpy()
+    noisy = middle + half * np.tanh(u + policy(torch.tensor(state))[1].detach().numpy() * noise)
+    for action, expected in (
+        (mean, middle + half * np.tanh(u)),
+        (own.act(state), mean),
+        ([own.act(s) for s in state], mean),
+        (own.act(state, noise), noisy),
+        ([own.act(s, z) for s, z in zip(state, noise, strict=True)], noisy),
+    ):
+        assert np.shape(action) == mean.shape and np.array(action).dtype == np.float32
+        assert (np.abs(action - expected) <= bound).all()
 
 
-@each_box
-def test_act_is_the_same_policy(box):
-    policy, state = make_policy(box).float(), states(50).float()
-    noise = torch.randn(50, *box.shape)
-    mean, std = policy(state)
-    sampled = policy.offset + policy.scale * torch.tanh(mean + std * noise)
-    for eps, expected in ((noise, sampled), (0 * noise, policy.predict(state))):
-        action = policy.act(state.numpy(), eps.numpy())
-        np.testing.assert_allclose(action, expected.detach().numpy(), atol=1e-5)
+def test_inputs_are_bounded_at_10_deviations():
+    policy, first = make_policy(BOXES["one"]).float(), states(40).float()
+    first[:, 2] = 7.0  # constant at first, but not for ever
+    policy.standardise_inputs(first)
+    own, std = NumpyPolicy(policy.state_dict()), first.std(dim=0, correction=0).clamp(min=1e-3)
+    at = {k: first.mean(dim=0) + k * std * torch.tensor([[1, -1, 1, -1]]) for k in (9, 10, 11, 1e6)}
+    for act in (policy.predict, lambda x: torch.from_numpy(own.act(x.numpy()))):
+        assert act(first).isfinite().all()
+        assert torch.equal(act(at[11]), act(at[1e6])) and not torch.equal(act(at[9]), act(at[10]))
+        torch.testing.assert_close(act(at[10]), act(at[11]), rtol=1e-4, atol=1e-4)
 
 
-def test_inside_cuts_actions_to_a_share_of_the_range():
-    policy = make_policy(BOXES["asymmetric"])  # [-3, 1] x [0, 10]: 99 % are [-2.98, 0.98] x ...
-    action = torch.tensor([[-3.0, 10.0], [1.0, 0.0], [0.97, 9.94], [-50, 50]])
-    expected = torch.tensor([[-2.98, 9.95], [0.98, 0.05], [0.97, 9.94], [-2.98, 9.95]])
-    torch.testing.assert_close(policy.inside(action).float(), expected)
-    torch.testing.assert_close(policy.inside(action, 0.5)[0].float(), torch.tensor([-2, 7.5]))
+# -- the expert ------------------------------------------------------------------------------------
+IN_TORCH = {
+    "gsde": dict(use_sde=True), "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
+    "tanh": dict(activation_fn=nn.Tanh), "elu": dict(activation_fn=nn.ELU),
+}  # fmt: skip
+KINDS = IN_TORCH | {
+    "plain": {}, "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])),
+    "asymmetric": dict(env_id="tiny_envs:Lopsided-v0"), "double": dict(env_id="tiny_envs:Double-v0"),
+    "one critic": dict(n_critics=1), "three critics": dict(n_critics=3),
+}  # fmt: skip
 
 
-KINDS = {
-    "plain": {},
-    "asymmetric box": dict(env_id="tiny_envs:Lopsided-v0"),
-    "gsde": dict(use_sde=True),
-    "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
-    "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])),
-    "tanh": dict(activation_fn=nn.Tanh),
-    "elu": dict(activation_fn=nn.ELU),
-    "one critic": dict(n_critics=1),
-    "three critics": dict(n_critics=3),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_expert_is_sb3s_agent(tmp_path, kind):
-    model = make_sac(tmp_path / "expert.zip", **kind)
+    model = make_sac(tmp_path / "expert.zip", **KINDS[kind])
     spaces = model.observation_space, model.action_space
     expert, rng = SACExpert(tmp_path / "expert.zip", *spaces), np.random.default_rng(0)
     state = rng.normal(size=(100, 3)).astype(np.float32)
-    low, high = spaces[1].low, spaces[1].high
-    action = rng.uniform(low, high, (100, len(low))).astype(np.float32)
     expected = model.predict(state, deterministic=True)[0]
-    assert expected.std() > 0.05
-    np.testing.assert_allclose(expert.predict(state), expected, atol=1e-5)
-    scaled = torch.from_numpy(model.policy.scale_action(action))
+    assert expected.std() > 0.02 and bool(expert.layers) == (kind not in IN_TORCH)
+    sent = pickle.loads(pickle.dumps(expert))  # to a roll-in worker
+    for own in (expert.predict(state), sent.predict(state), [expert.predict(s) for s in state]):
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+    action = rng.uniform(spaces[1].low, spaces[1].high, (100, *spaces[1].shape)).astype(np.float32)
+    scaled = torch.from_numpy(model.policy.scale_action(action)).float()
     state, action = torch.from_numpy(state), torch.from_numpy(action)
     q = torch.cat(model.critic(state, scaled), dim=1)
     own = expert.q_star(state, action)
     assert own.shape == (100, 1) and not own.requires_grad
-    torch.testing.assert_close(own, q.min(dim=1, keepdim=True).values)
-    assert q.shape[1] == kind.get("n_critics", 2) and own.std() > 0.01
+    torch.testing.assert_close(own, q.min(dim=1, keepdim=True).values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expert.critics(state, action), q.detach(), rtol=1e-4, atol=1e-5)
+    assert q.shape[1] == KINDS[kind].get("n_critics", 2) and own.std() > 0.01
 
 
-def column(*values):
-    return torch.tensor(values)[:, None]
+# -- better actions than the expert's --------------------------------------------------------------
+def improver(critics, box=BOXES["asymmetric"], **settings):
+    """An agent whose expert always does the same; `critics` are Q_i of (action - that) / scale."""
+    policy, config = make_policy(box).float(), Config(**dict(candidates=512) | settings)
+    a_star = policy.offset + 0.2 * policy.scale
+    expert = SimpleNamespace(
+        evaluated=True,
+        predict=lambda state: np.tile(a_star.numpy(), (len(state), 1)),
+        critics=lambda state, action: critics((action - a_star) / policy.scale),
+    )
+    return SimpleNamespace(config=config, expert=expert, policy=policy, device="cpu"), a_star
 
 
-def test_gap_weights_by_hand():
-    q_expert, q_learner = column(3.0, 1.0, 0.0, -1.0), column(1.0, 5.0, -1.0, -2.0)
-    # gaps 2, 0 (not -4), 1, 1 have mean 1: weights 1 + 3 gap = 7, 1, 4, 4; the cut takes 7 to 5
-    weight = gap_weights(q_expert, q_learner, factor=3.0, cut=20.0)
-    torch.testing.assert_close(weight, column(7.0, 1.0, 4.0, 4.0) / 4)
-    weight = gap_weights(q_expert, q_learner, factor=3.0, cut=5.0)
-    torch.testing.assert_close(weight, column(5.0, 1.0, 4.0, 4.0) / 3.5)
+def linear(*slopes):
+    """Critics that rise along the action's first dimension by these slopes."""
+    return lambda delta: delta[..., :1] * torch.tensor(slopes)
 
 
-def test_gap_weights_have_mean_1_follow_the_gap_and_know_no_scale():
-    q_expert, q_learner = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(0))
-    weight = gap_weights(q_expert, q_learner, 3.0, 20.0)
-    assert weight.shape == (500, 1) and weight.mean().item() == pytest.approx(1, abs=1e-5)
-    assert (weight[(q_expert - q_learner).argsort(dim=0)[:, 0]].diff(dim=0) >= 0).all()
-    scaled = gap_weights(70 * q_expert + 9, 70 * q_learner + 9, 3.0, 20.0)
-    torch.testing.assert_close(weight, scaled, rtol=1e-4, atol=1e-4)
-    assert torch.equal(gap_weights(q_expert, q_expert, 3.0, 20.0), torch.ones(500, 1))
+@pytest.mark.parametrize("slopes", [(1.0,), (1.0, -1.0), (1.0, 3.0), (2.0, -0.5)])
+def test_improved_action_is_the_pessimistic_softmax_mean_of_the_candidates(slopes):
+    agent, a_star = improver(linear(*slopes), candidate_noise=0.15, temperature=0.3)
+    improved = improved_action(agent, torch.zeros(300, 4))
+    shift = ((improved - a_star) / torch.tensor([2.0, 5.0])).mean(dim=0).numpy()
+    delta = np.linspace(-0.9, 0.9, 20_001)  # the expectation, by quadrature
+    advantage = np.min([k * delta for k in slopes], axis=0)
+    expected = np.average(delta, weights=np.exp(-0.5 * (delta / 0.15) ** 2 + advantage / 0.3))
+    assert improved.shape == (300, 2) and len(improved.unique(dim=0)) == 300
+    np.testing.assert_allclose(shift, [expected, 0], atol=0.003)
 
 
-def test_q_star_is_normalised_to_0_1_and_advantages_to_mean_0_and_deviation_1():
-    normalise = AggreVateDAgent.normalize_q_star
-    torch.testing.assert_close(normalise(column(-4.0, 0.0, 1.0, 6.0)), column(0.0, 0.4, 0.5, 1.0))
-    x = standardise(column(1.0, 3.0, 5.0, 7.0))
-    torch.testing.assert_close(x, column(-3.0, -1.0, 1.0, 3.0) / 5**0.5)
-    assert all(f(column(2.0, 2.0)).isfinite().all() for f in (normalise, standardise))
+@pytest.mark.parametrize(
+    "critics, candidates, evaluated",
+    [
+        (linear(1.0), 1, True),
+        (linear(1.0), 512, None),
+        (lambda delta: -1e6 * delta.abs().sum(-1, keepdim=True), 512, True),  # nothing is better
+    ],
+)
+def test_experts_own_action_stays_where_it_is_not_improved(critics, candidates, evaluated):
+    agent, a_star = improver(critics, candidates=candidates)
+    agent.expert.evaluated = evaluated
+    assert torch.equal(improved_action(agent, torch.zeros(5, 4)), a_star.expand(5, -1))
 
 
+@each_box
+def test_small_temperature_picks_the_best_candidate_in_the_range(box):
+    agent, _ = improver(linear(1e3), box, candidate_noise=2.0, temperature=1e-6)
+    improved = improved_action(agent, torch.zeros(9, 4)).numpy()
+    np.testing.assert_allclose(improved[:, 0], box.high[0], rtol=1e-6)
+    assert (improved >= box.low - 1e-4).all() and (improved <= box.high + 1e-4).all()
+
+
+# -- weights ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cut, first", [(20.0, 7.0), (5.0, 5.0)])
+def test_gap_weights_by_hand(cut, first):
+    q_expert, q_learner = torch.tensor([[3.0, 1, 0, -1], [1, 5, -1, -2]])[..., None]
+    # gaps 2, 0 (not -4), 1, 1 have mean 1: the weights are 1 + 3 gap
+    weight = gap_weights(q_expert, q_learner, 3.0, cut)
+    torch.testing.assert_close(weight, torch.tensor([first, 1, 4, 4])[:, None])
+    torch.testing.assert_close(gap_weights(70 * q_expert, 70 * q_learner, 3.0, cut), weight)
+
+
+def test_where_all_is_alike_weights_are_finite():
+    x = torch.ones(4, 1)
+    assert torch.equal(gap_weights(x, x, 3.0, 20.0), x)
+    assert not normalize_q_star(x).any() and not standardise(x).any()
+
+
+@pytest.mark.parametrize("rewards", [np.random.default_rng(0).normal(size=30), np.arange(9)])
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
-def test_returns_to_go_are_discounted_sums(gamma):
-    rewards = np.random.default_rng(0).normal(size=30)
-    expected = [sum(gamma ** (k - t) * rewards[k] for k in range(t, 30)) for t in range(30)]
+def test_returns_to_go_are_discounted_sums(rewards, gamma):
+    steps = range(len(rewards))
+    expected = [sum(gamma ** (k - t) * rewards[k] for k in steps[t:]) for t in steps]
     np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
 
 
-def test_returns_to_go_of_whole_rewards():
-    np.testing.assert_allclose(returns_to_go(np.array([1, 1, 1]), 0.5), [1.75, 1.5, 1])
+# -- the paper's gradient --------------------------------------------------------------------------
+def test_score_function_estimates_the_gradient_of_expected_q_star():
+    """For Q* = -|u - f(s)|^2, E[Q*] = -|mean(s) - f(s)|^2 - |std(s)|^2."""
+    policy, state = make_policy(BOXES["one"], hidden_dim=3), states(200)
+    parameters = list(policy.parameters())
 
+    def q_star(s, a):  # the range is [-1, 1]: u = atanh(a)
+        return 30 - ((torch.atanh(a) - torch.sin(s[:, :2])) ** 2).sum(dim=1, keepdim=True)
 
-def test_mean_kl_is_that_of_diagonal_gaussians():
+    mean, std = policy(state)
+    true = -((mean - torch.sin(state[:, :2])) ** 2 + std**2).sum(dim=1).mean()
+    true = parameters_to_vector(torch.autograd.grad(true, parameters))
+    agent, estimates = SimpleNamespace(policy=policy, get_q_star=q_star), []
     torch.manual_seed(0)
-    m, n = torch.randn(2, 50, 3, dtype=torch.float64)
-    s, t = torch.rand(2, 50, 3, dtype=torch.float64) + 0.1
-    kl = (t / s).log() + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5
-    torch.testing.assert_close(mean_kl((m, s), (n, t)), kl.sum(dim=1).mean())
+    for _ in range(400):
+        data = FAMILY["score"].targets_and_weights(agent, dict(state=state))
+        loss = AggreVateDAgent.loss(agent, *data)  # which is to fall
+        estimates.append(-parameters_to_vector(torch.autograd.grad(loss, parameters)))
+    own, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 400**0.5
+    scale = own @ true / (true @ true)  # of advantages of deviation 1
+    z = (own - scale * true) / error
+    assert 0.1 < scale < 10 and z.abs().max() < 4.5 and (z**2).mean() < 1.5
+    assert true.norm() > 20 * (error / scale).norm()  # it is no empty comparison
 
 
+def test_score_function_lets_no_state_outweigh_a_minibatch():
+    policy, state = make_policy(BOXES["one"]), states(500)
+    steepness = 1 + 1e6 * (torch.arange(1000) % 500 == 7)  # both samples of one state
+    agent = SimpleNamespace(policy=policy, get_q_star=lambda s, a: a[:, :1] * steepness[:, None])
+    weight = FAMILY["score"].targets_and_weights(agent, dict(state=state))[2]
+    assert weight.shape == (1000, 1) and weight.abs().max() == 5
+    torch.testing.assert_close(weight[:500], -weight[500:])  # what both share is no advantage
+
+
+# -- the natural step ------------------------------------------------------------------------------
 def test_conjugate_gradient_solves():
     torch.manual_seed(0)
     half, b = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
@@ -220,21 +262,18 @@ def test_conjugate_gradient_solves():
 
 def explicit_fisher(policy, state):
     """Of Gaussians: mean over s of sum (dm dm' / std^2 + 2 dl dl'), l = log std."""
-    parameters, total = list(policy.parameters()), 0
-    for s in state[:, None]:
-        mean, std = policy(s)
-        for row in [*(mean / std.detach())[0], *(2**0.5 * std.log())[0]]:
-            g = torch.autograd.grad(row, parameters, retain_graph=True, allow_unused=True)
-            g = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, g)]
-            total = total + torch.outer(*2 * [parameters_to_vector(g)])
-    return total / len(state)
+    (mean, std), parameters = policy(state), list(policy.parameters())
+    outputs = torch.cat([mean / std.detach(), 2**0.5 * std.log()]).flatten()
+    how = dict(retain_graph=True, materialize_grads=True)
+    rows = [parameters_to_vector(torch.autograd.grad(x, parameters, **how)) for x in outputs]
+    return torch.stack(rows).T @ torch.stack(rows) / len(state)
 
 
 @pytest.fixture
 def problem():
     """A policy, states, and the loss of making some actions likelier there."""
     policy, state = make_policy(BOXES["asymmetric"], state_dim=2, hidden_dim=3), states(30, 2)
-    target = policy.inside(torch.tensor([[-1.0, 2.0]]) + 4 * torch.tanh(states(30, 2, seed=2)), 0.7)
+    target = torch.tensor([[-1.0, 5.0]]) + torch.tensor([[1.0, 3.0]]) * torch.tanh(states(30, 2, 2))
     return policy, state, lambda policy: -policy.get_log_prob(state, target).mean()
 
 
@@ -260,35 +299,35 @@ def test_natural_step_is_the_damped_fisher_direction_scaled_to_the_kl(problem, k
     assert 0.5 * kl_step < mean_kl(old, policy(state)).item() < 1.5 * kl_step
 
 
+def elsewhere(policy, loss_of, loss_at):
+    """The loss at the parameters of now; loss_at(how far away) at all others."""
+    start = parameters_to_vector(policy.parameters()).detach().clone()
+
+    def loss():
+        distance = (parameters_to_vector(policy.parameters()).detach() - start).norm().item()
+        return loss_at(distance) if distance else loss_of(policy)
+
+    return loss
+
+
 @pytest.mark.parametrize("worse", [1, 3, 9, 10])
 def test_natural_step_is_halved_until_the_loss_falls_or_not_taken(problem, worse):
     policy, state, loss_of = problem
     start, expected = copy.deepcopy(policy), 0.5**worse if worse < 10 else 0
     _, full = step_of(policy, lambda: loss_of(policy), state, 1e-4)
-    losses = iter([None, *worse * [1e9], -1e9])
-    _, moved = step_of(start, lambda: next(losses) or loss_of(start), state, 1e-4)
+    wall = full.norm().item() * 0.5 ** (worse - 0.5)  # between two halvings
+    loss = elsewhere(start, loss_of, lambda distance: 1e9 if distance > wall else -1e9)
+    _, moved = step_of(start, loss, state, 1e-4)
     torch.testing.assert_close(moved, expected * full, rtol=1e-4, atol=1e-9)
 
 
-def test_natural_step_is_halved_until_the_kl_is_small_enough(problem):
+def test_step_is_halved_until_the_kl_is_small_enough(problem):
     policy, state, loss_of = problem
-    old, losses = copy.deepcopy(policy)(state), iter([None, *10 * [-1e9]])  # any step is better
-    step_of(policy, lambda: next(losses) or loss_of(policy), state, 0.3)
-    assert 0.1 < mean_kl(old, policy(state)).item() <= 1.5 * 0.3
-
-
-def test_score_function_estimates_the_gradient_of_expected_q_star():
-    policy, state = make_policy(BOXES["one"], hidden_dim=4), states(50)
-
-    def q_star(s, a):
-        return 30 - ((a - torch.sin(s[:, :2])) ** 2 * torch.tensor([1.0, 2.0])).sum(1, keepdim=True)
-
-    torch.manual_seed(0)
-    many, parameters = state.repeat(1000, 1), list(policy.parameters())
-    true = torch.autograd.grad(q_star(many, policy.sample(many)[0]).mean(), parameters)
-    config = SimpleNamespace(algorithm="score")
-    agent = SimpleNamespace(config=config, policy=policy, get_q_star=q_star)
-    data = AggreVateDAgent.weigh(agent, dict(state=many))
-    own = torch.autograd.grad(AggreVateDAgent.loss(agent, *data), parameters)
-    true, own = parameters_to_vector(true), -parameters_to_vector(own)  # a loss is to fall
-    assert torch.cosine_similarity(own, true, dim=0) > 0.95
+    start, old = parameters_to_vector(policy.parameters()).detach(), copy.deepcopy(policy)(state)
+    with torch.no_grad():
+        loss = elsewhere(policy, loss_of, lambda distance: -1e9)  # any step is better
+        line_search(policy, loss, state, torch.ones_like(start), 0.3)
+        moved = parameters_to_vector(policy.parameters()) - start
+        kl = mean_kl(old, policy(state))
+        vector_to_parameters(start + 2 * moved, policy.parameters())
+        assert 0 < kl <= 1.5 * 0.3 < mean_kl(old, policy(state))

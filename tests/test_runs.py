@@ -1,46 +1,62 @@
-import contextlib
+"""What a run writes and prints, that it goes on as if never stopped, and what else it touches."""
+
 import json
+import multiprocessing
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, checkpoint, equal, evaluations, make_sac, only_run
-from PIL import Image
+from PIL import Image, ImageSequence
+from stable_baselines3.common.evaluation import evaluate_policy
+from stranger_envs import colour
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import aggrevated
-from aggrevated import AggreVateDAgent, Config
+from aggrevated import TEST, AggreVateDAgent, Config, load_policy, make_env
 
-TAGS = {
-    "train/loss", "train/alpha", "train/q_gap", "eval/episode_reward", "eval/expert_reward",
-    "rollout/episode_reward", "time/env_steps", "time/seconds",
-}  # fmt: skip
+STRANGE, RETURN = "stranger_envs:Strange-v0", "eval/episode_reward"
+TAGS = {"train/loss", "train/alpha", "train/q_gap", "rollout/episode_reward", "time/env_steps"}
 
 
 def events(run):
     return EventAccumulator(str(run)).Reload()
 
 
-@pytest.fixture
-def no_film(monkeypatch):
-    monkeypatch.setattr(aggrevated, "film", lambda agent, path: None)
+def points(run, tag=RETURN):
+    return [(e.step, e.value) for e in events(run).Scalars(tag)]
+
+
+def returns(run, who, n):
+    rows = [r for r in evaluations(run) if (r["policy"], r["iteration"]) == (who, str(n))]
+    return np.array([float(r["return"]) for r in rows])
+
+
+def command(out, word):
+    """The words of the printed command that `word` is before, as a shell takes them apart."""
+    return shlex.split(re.search(f"^.*{word} +(.*)$", out, re.MULTILINE)[1])
 
 
 @pytest.fixture
-def run_small(run_main, small, tmp_path, no_film):
-    """run_small(name, **changes): the folder of a run without its film."""
+def run_small(run_main, small, tmp_path, monkeypatch):
+    """run_small(name, status, **changes): the folder of a run without its pictures."""
+    monkeypatch.setattr(aggrevated, "save_gif", lambda agent, run_dir: None)
 
-    def run(name, **changes):
-        result = run_main(**small(log_dir=tmp_path / name, **changes))
-        assert result.status == 0, result.err
+    def run(name, status=0, **changes):
+        result = run_main(**small(env_name=STRANGE, log_dir=tmp_path / name) | changes)
+        assert result.status == status, result.err
         return only_run(tmp_path / name)
 
     return run
@@ -49,193 +65,280 @@ def run_small(run_main, small, tmp_path, no_film):
 # -- what a run leaves -----------------------------------------------------------------------------
 def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     result, run = finished
-    for text in ("Pendulum-v1", "seed 0", small()["expert_path"], f"--evaluate {run}\n"):
+    for text in ("Pendulum-v1", "seed 0", small()["expert_path"], str(run)):
         assert text in result.out
-    assert result.out.count("iteration ") == 2 and "2/2" in result.err  # the bar
-    assert re.fullmatch(r"AggreVateD_Pendulum-v1_s0_\d{8}_\d{6}", run.name)
+    assert "2/2" in result.err and "solved" not in result.out  # the bar; nothing solves Pendulum
+    assert re.fullmatch(r"aggrevated_Pendulum-v1_s0_\d{8}_\d{6}", run.name)
     names = {re.sub(r"^events\..*", "events", p.name) for p in run.iterdir()}
-    assert names == {"config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif", "events"}
+    expected = "config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif"
+    assert names == {*expected, "events", "expert"}
     config = json.loads((run / "config.json").read_text())
     assert config == asdict(Config(**small(log_dir=str(run.parent))).check())
-    with Image.open(run / "final.gif") as gif:
-        assert gif.n_frames == 40  # every fifth of 200
+    assert [r["length"] for r in evaluations(run)] == 6 * ["200"]
+    for n in (1, 2):
+        learner, expert = returns(run, "learner", n).mean(), returns(run, "expert", 1).mean()
+        line = rf"iteration +{n} .*learner +{learner:.1f} ± \d+\.\d +expert +{expert:.1f}\n"
+        assert re.search(line, result.out), result.out
+    log = events(run)
+    assert {p.parent for p in run.rglob("events.*")} == {run, run / "expert"}
+    parts = log.PluginTagToContent("hparams").items()
+    parts = {k.split("/")[1]: HParamsPluginData.FromString(v) for k, v in parts}
+    (metric,) = parts["experiment"].experiment.metric_infos
+    settings = parts["session_start_info"].session_start_info.hparams
+    assert metric.name.tag == RETURN and "optimizer" not in settings  # it is the default
+    assert settings["env_name"].string_value == "Pendulum-v1"
+    shown = {k: x.number_value for k, x in settings.items() if x.HasField("number_value")}
+    assert shown == {k: x for k, x in config.items() if type(x) in (int, float)}
+    assert b"- K: 2\n" in log.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    (image,) = log.Images("final")
+    assert image.encoded_image_string == (run / "final.gif").read_bytes() and image.step == 2
 
 
-def test_table_has_a_row_per_episode(finished):
-    rows = evaluations(finished[1])
-    keys = "iteration", "env_steps", "policy", "episode"
-    assert ["_".join(r[k] for k in keys) for r in rows] == [
-        "1_80_expert_0", "1_80_expert_1", "1_80_learner_0", "1_80_learner_1",
-        "2_160_learner_0", "2_160_learner_1",
-    ]  # fmt: skip
-    assert all(r["length"] == "200" and -2000 < float(r["return"]) < 0 for r in rows)
+@pytest.mark.parametrize("last, every, steps", [(7, 5, "12357"), (4, 9, "1234"), (2, 1, "12")])
+def test_learner_and_expert_have_points_in_runs_of_their_own(run_small, last, every, steps):
+    """In the first three iterations (short), in every some, and in the last."""
+    run = run_small("logs", max_iteration=last, eval_every=every, eval_episodes=7)
+    steps, expert = [int(n) for n in steps], returns(run, "expert", 1)
+    learner = {n: returns(run, "learner", n) for n in steps}
+    whole = {n for n in steps if n % every == 0 or n == last}
+    assert {n: len(x) for n, x in learner.items()} == {n: 7 if n in whole else 2 for n in steps}
+    assert points(run) == [(n, pytest.approx(learner[n].mean())) for n in steps]
+    assert points(run / "expert") == [(n, pytest.approx(expert.mean())) for n in steps]
+    tags = [set(events(folder).Tags()["scalars"]) for folder in (run, run / "expert")]
+    assert tags == [TAGS | {"time/seconds", RETURN}, {RETURN}]
+    assert all([n for n, _ in points(run, x)] == [*range(1, last + 1)] for x in tags[0] - tags[1])
 
 
-def test_tensorboard_has_every_tag_and_the_chart_of_both(finished):
-    log, rows = events(finished[1]), evaluations(finished[1])
-    assert set(log.Tags()["scalars"]) == TAGS
-    for tag in TAGS:
-        assert [e.step for e in log.Scalars(tag)] == [1, 2], tag
-    assert [e.value for e in log.Scalars("train/alpha")] == [1, 0.5]
-    for tag, part in (("eval/episode_reward", rows[-2:]), ("eval/expert_reward", rows[:2])):
-        mean = np.mean([float(r["return"]) for r in part])
-        assert log.Scalars(tag)[-1].value == pytest.approx(mean)
-    (layout,) = log.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
-    assert b"eval/episode_reward" in layout and b"eval/expert_reward" in layout
+def test_gif_is_of_the_first_validation_episode(run_main, small, make_agent, tmp_path):
+    values = small(env_name=STRANGE, seed=3)
+    assert run_main(**values, log_dir=tmp_path).status == 0
+    with Image.open((run := only_run(tmp_path)) / "final.gif") as gif:
+        frames = [np.array(x.convert("RGB")).reshape(-1, 3) for x in ImageSequence.Iterator(gif)]
+    (episode,) = make_agent(**values, init_path=str(run / "last.pt")).evaluate(n_episodes=1)
+    expected = colour(episode.states[::5])
+    np.testing.assert_allclose(np.median(frames, axis=1), expected, atol=8)
+    assert all((x < 60).all(axis=1).sum() > 50 for x in frames)  # step and return, in black
 
 
-def test_evaluate_prints_learner_expert_and_difference(finished, run_main, make_agent):
-    before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
-    result = run_main("--evaluate", finished[1], eval_episodes=3)
-    assert result.status == 0 and result.out.count("\n") == 3
-    assert before == {p.name: p.read_bytes() for p in finished[1].iterdir()}
-    scores = re.findall(r"^(\w+) +(\S+) \+- (\S+) \(.*3 episodes\)$", result.out, re.MULTILINE)
-    assert [who for who, *_ in scores] == ["learner", "expert", "difference"]
-    agent = make_agent()
-    agent.policy.load_state_dict(checkpoint(finished[1] / "best.pt")["policy"])
-    played = (agent.evaluate(who, 3, aggrevated.TEST) for who in ("learner", "expert"))
-    x, y = (np.array([t.rewards.sum() for t in episodes]) for episodes in played)
-    for (_, mean, error), values in zip(scores, (x, y, x - y), strict=True):
-        assert float(mean) == pytest.approx(values.mean(), abs=0.2)
-        assert float(error) == pytest.approx(values.std(ddof=1) / 3**0.5, abs=0.2)
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    config = Config(log_dir=str(tmp_path), env_name="module:my/Task-v0", seed=3)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # another run makes it after a look
+    made = [aggrevated.make_run_dir(config).name for _ in range(3)]
+    assert made == ["aggrevated_my-Task-v0_s3_now" + end for end in ("", "_2", "_3")]
 
 
-def test_start_from_another_runs_policy(finished, run_small, make_agent):
-    best = finished[1] / "best.pt"
-    assert equal(make_agent(init_path=best).policy.state_dict(), checkpoint(best)["policy"])
-    run = run_small("start", init_path=best, max_iteration=1, seed=1)
-    start, end = checkpoint(best), checkpoint(run / "last.pt")
-    kept = {k for k in end["policy"] if equal(start["policy"][k], end["policy"][k])}
-    assert kept == {"state_mean", "state_std"}  # they go with the weights
+# -- scores, and policies --------------------------------------------------------------------------
+def test_evaluate_scores_the_best_iterate(run_small, run_main, make_agent, tmp_path, monkeypatch):
+    task = dict(env_name="stranger_envs:Negative-v0")
+    monkeypatch.setattr(AggreVateDAgent, "best_iterate", lambda agent: 1)
+    run = run_small("logs", **task)
+    before, file = list(run.rglob("*")), shutil.copy(run / "best.pt", tmp_path / "policy file.pt")
+    agent, last = (make_agent(**task, init_path=str(x)) for x in (file, run / "last.pt"))
+    played = agent.evaluate("learner", 3, TEST), last.evaluate("learner", 3, TEST)
+    played += (agent.evaluate("expert", 3, TEST),)
+    x, last, y = (np.array([t.rewards.sum() for t in episodes]) for episodes in played)
+    assert abs(x.mean() - last.mean()) > 0.2
+    for path in (run, file):
+        result = run_main("--evaluate", path, eval_episodes=3)
+        for text in (path, "iteration 1", "aggrevated", task["env_name"], agent.expert_path):
+            assert str(text) in result.out
+        for who, z in dict(learner=x, expert=y, difference=x - y).items():
+            score = f"{who} {z.mean():.1f} ± {z.std(ddof=1) / 3**0.5:.1f}"
+            share = f", {(z >= -3.75).mean():.0%} solved" if who != "difference" else ""
+            assert score + share in " ".join(result.out.split())
+        assert result.status == 0 and "3/3" in result.err  # a bar
+    assert before == list(run.rglob("*"))
 
 
-def test_start_in_an_environment_of_other_bounds(finished, small, tmp_path):
-    make_sac(tmp_path / "narrow.zip", narrow := "tiny_envs:Narrow-v0")
-    expert, start = str(tmp_path / "narrow.zip"), str(finished[1] / "best.pt")
-    values = small(env_name=narrow, expert_path=expert, init_path=start)
-    agent = aggrevated.open_agent(None, None, values)
-    action = agent.policy.predict(100 * torch.ones(1, 3)).item()
-    assert 0.9 < abs(action) <= 1
+def test_start_from_another_runs_policy(finished, run_small, make_agent, tmp_path):
+    run = run_small("logs", init_path=finished[1], max_iteration=1, seed=1)
+    start, end = (checkpoint(x)["policy"] for x in (finished[1] / "best.pt", run / "last.pt"))
+    kept = {k for k in end if equal(start[k], end[k])}
+    assert kept == {"state_mean", "state_std", "scale", "offset"}  # they go with the weights
+    make_sac(expert := tmp_path / "narrow.zip", narrow := "tiny_envs:Narrow-v0")
+    agent = make_agent(env_name=narrow, expert_path=str(expert), init_path=str(run))
+    assert agent.policy.scale.item() == 1  # the other task's
 
 
-@pytest.mark.parametrize("name", ["Tiny", "Undrawable", "WithoutRenderMode"])
-def test_environment_without_a_picture(name, run_main, small, tmp_path):
-    result = run_main(**small(log_dir=tmp_path, env_name=f"tiny_envs:{name}-v0"))
-    assert result.status == 0, result.err
-    assert f"No final.gif: tiny_envs:{name}-v0 cannot be drawn here" in result.out
-    assert not (only_run(tmp_path) / "final.gif").exists()
-
-
-def test_help_lists_every_field(run_main):
-    result = run_main("--help")
-    text = "".join(result.out.split())  # wherever the lines were broken
-    assert result.status == 0 and "--resume" in text and "--evaluate" in text
-    assert all(f"--{f.name}" in text and f"(default:{f.default})" in text for f in fields(Config))
+def test_policy_can_be_used_without_an_environment_and_by_sb3(finished, make_agent, monkeypatch):
+    state = np.random.default_rng(0).normal(size=(50, 3))
+    network = make_agent(init_path=str(finished[1])).policy
+    expected = network.predict(torch.from_numpy(state).float()).detach().numpy()
+    with monkeypatch.context() as patch:
+        patch.setattr(gym, "make", lambda *args, **kwargs: pytest.fail("an environment"))
+        policy, same = load_policy(finished[1]), load_policy(str(finished[1] / "best.pt"))
+    actions, hidden = policy.predict(state, deterministic=True)
+    one, same_hidden = same.predict(state[3], "hidden", np.array([True]))
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+    np.testing.assert_allclose(one, expected[3], atol=1e-5)
+    assert actions.dtype == np.float32 and (hidden, same_hidden) == (None, "hidden")
+    assert (policy.predict(state, deterministic=False)[0] != actions).mean() > 0.5
+    how = dict(n_eval_episodes=2, return_episode_rewards=True, warn=False)
+    assert evaluate_policy(policy, make_env("Pendulum-v1"), **how)[1] == [200, 200]
 
 
 # -- going on --------------------------------------------------------------------------------------
 def assert_same_runs(a, b):
     for name in ("last.pt", "best.pt"):
         x, y = checkpoint(a / name), checkpoint(b / name)
-        for part in ("policy", "optimizer", "experience", "iteration", "env_steps", "best_return"):
+        for part in ("policy", "optimizer", "experience", "iteration", "env_steps", "score"):
             assert equal(x.get(part), y.get(part)), (name, part)
     assert evaluations(a) == evaluations(b)
+    assert all(points(a, tag) == points(b, tag) for tag in {RETURN} | TAGS)
+    assert points(a / "expert") == points(b / "expert")
 
 
-MOMENTS = dict(  # save: when everything else of that iteration is written
-    update=dict(), save=dict(optimizer="natural", max_experience_len=100),
-    validate=dict(algorithm="score"),
-)  # fmt: skip
+def resume(run_main, run, **changes):
+    """Go on; the old events are made to come before the next ones, even of the same second."""
+    for log in list(run.rglob("events.*")):
+        log.rename(log.with_name("events.out.tfevents.0"))
+    result = run_main("--resume", run, **changes)
+    assert result.status == 0, result.err
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+MOMENTS = [  # where, in which call of it, with how many iterations saved by then
+    ("simulate", 1, 0, dict()),
+    ("update", 3, 2, dict(optimizer="natural", max_experience_len=30)),
+    ("validate", 4, 3, dict(algorithm="score")),
+]
+
+
+@pytest.mark.parametrize("moment, number, saved, changes", MOMENTS)
 def test_interrupted_and_resumed_is_never_stopped(
-    moment, run_small, run_main, small, tmp_path, monkeypatch
+    moment, number, saved, changes, run_small, run_main, monkeypatch
 ):
-    changes = MOMENTS[moment] | dict(max_iteration=4, eval_every=2)
-    whole, plain = run_small("whole", **changes), getattr(AggreVateDAgent, moment)
+    changes = changes | dict(max_iteration=4, eval_every=2, eval_episodes=5)
+    whole, plain, calls = run_small("whole", **changes), getattr(AggreVateDAgent, moment), []
 
-    def interrupted(agent, what):
-        if what == 3 or agent.iteration == (3 if moment == "save" else 4):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(agent, what)
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(AggreVateDAgent, moment, interrupted)
-        result = run_main(**small(log_dir=tmp_path / "part", **changes))
-    run = only_run(tmp_path / "part")
-    assert result.status == 130 and f"python aggrevated.py --resume {run}\n" in result.out
-    assert checkpoint(run / "last.pt")["iteration"] == (3 if moment == "validate" else 2)
-    (log,) = run.glob("events.*")
-    log.rename(run / "events.out.tfevents.0")  # before the next one, even in the same second
-    assert run_main("--resume", run).status == 0
+        run = run_small("part", status=130, **changes)
+    assert checkpoint(run / "last.pt")["iteration"] == saved
+    assert saved or re.search("error: .*evaluated.*--resume", run_main("--evaluate", run).err)
+    resume(run_main, run)
     assert_same_runs(whole, run)
-    losses = [[(e.step, e.value) for e in events(x).Scalars("train/loss")] for x in (whole, run)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_finished_run_can_be_lengthened(run_small, run_main):
+def test_finished_run_says_so_and_can_be_lengthened_from_anywhere(
+    run_small, run_main, expert_zip, tmp_path, monkeypatch
+):
     whole, part = run_small("whole"), run_small("part", max_iteration=1)
-    assert run_main("--resume", part, max_iteration=2).status == 0
+    before, sentence = list(part.rglob("*")), run_main("--resume", part).err
+    assert re.search("made its 1 iteration.*--max_iteration", sentence)
+    assert before == list(part.rglob("*"))  # no new events, no picture
+    torch.save(checkpoint(part / "last.pt") | dict(seconds=1000.0), part / "last.pt")
+    moved = shutil.copy(expert_zip, tmp_path / "moved.zip")
+    monkeypatch.chdir(tmp_path.parent)
+    relative = part.relative_to(tmp_path.parent)
+    resume(run_main, relative, max_iteration=2, expert_path=moved)
     assert_same_runs(whole, part)
-    configs = [json.loads((run / "config.json").read_text()) for run in (whole, part)]
-    assert [c["max_iteration"] for c in configs] == [2, 2]
+    config = json.loads((part / "config.json").read_text())
+    assert (config["max_iteration"], config["expert_path"]) == (2, str(moved))
+    assert 1000 < checkpoint(part / "last.pt")["seconds"] < 1100
+    assert points(part, "time/seconds")[-1][1] > 1000
 
 
-def test_interrupted_evaluation_names_no_run_to_resume(finished, run_main, monkeypatch):
+def test_printed_commands_can_be_pasted_and_the_default_expert_lies_beside_the_file(
+    run_main, small, tmp_path, monkeypatch
+):
+    """From a folder with a space, into one with a space, by a script in one with a space."""
+    (tmp_path / "my own").mkdir()
+    monkeypatch.chdir(tmp_path / "my own")
+    monkeypatch.setattr(sys, "argv", [script := "../a b/aggrevated.py"])
+    task = dict(env_name="stranger_envs:Pendulum-v1", expert_path="")
+    out = run_main(**small(log_dir="my logs", **task)).out
+    run = only_run(Path("my logs"))
+    assert command(out, "score") == ["python", script, "--evaluate", str(run)]
+    assert command(out, "watch") == ["tensorboard", "--logdir", "my logs"]
+    assert run.name.startswith("aggrevated_Pendulum-v1_s0_") and "_1/Pendulum-v1.zip" in out
+    assert checkpoint(run / "best.pt")["config"]["expert_path"] == ""
+    run = run.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert run_main("--evaluate", run).status == 0
     monkeypatch.setattr(AggreVateDAgent, "evaluate", lambda *x, **k: signal.raise_signal(2))
-    result = run_main("--evaluate", finished[1])
-    assert result.status == 130 and "None" not in result.out
+    result = run_main("--evaluate", run)  # is not to be resumed
+    assert result.status == 130 and "None" not in result.out and "--resume" not in result.out
+    out = run_main("--resume", run, max_iteration=3).out
+    assert command(out, "watch") == ["tensorboard", "--logdir", str(run.parent)]
+
+
+# -- the process that it runs in -------------------------------------------------------------------
+def test_main_ends_its_own_workers_and_no_other_process(run_small, monkeypatch):
+    agents, plain = [], aggrevated.open_agent
+    monkeypatch.setattr(aggrevated, "open_agent", lambda x: agents.append(plain(x)) or agents[0])
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    other.start()
+    run_small("logs", n_workers=2)
+    assert multiprocessing.active_children() == [other]  # which only those alive are among
+    other.kill()
+
+
+IMPORT = """
+import os, signal, threading, warnings
+import gymnasium, PIL.ImageDraw, stable_baselines3.sac.policies, torch, tqdm
+import tensorboard.compat.proto.summary_pb2, torch.utils.tensorboard.summary
+def state():
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    of_torch = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist()
+    of_torch += (torch.are_deterministic_algorithms_enabled(),)
+    of_torch += (torch.distributions.Distribution._validate_args,)
+    return dict(os.environ), handlers, of_torch, warnings.filters[:], threading.active_count()
+before = state()
+import aggrevated
+assert state() == before
+"""
+
+
+def test_import_changes_nothing():
+    subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True, env={})  # not changed yet
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda(run_small, run_main):
+    resume(run_main, run := run_small("logs", device="auto"), max_iteration=3)
+    assert checkpoint(run / "last.pt")["experience"]["state"].is_cuda
 
 
 # -- the program itself, with two workers ----------------------------------------------------------
-def running(process):
-    """/proc/*/status of the processes of its group that have not ended."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended just now
-            if os.getpgid(int(folder.name)) == process.pid:
-                found.append((folder / "status").read_text())
-    return [status for status in found if "State:\tZ" not in status]
-
-
-def ignores_ctrl_c(status):
-    return int(re.search(r"SigIgn:\s(\w+)", status)[1], 16) & 1 << signal.SIGINT - 1 > 0
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.fixture
-def program(tmp_path):
-    """program(fields, *python): the script, or other Python code, in a process group of its own."""
-    started, paths = [], os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def program(tmp_path, monkeypatch):
+    """program(*python, **values): the script, or other code, in a process group of its own."""
+    started, pipe = [], subprocess.PIPE
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["site", f"{ROOT}", f"{ROOT / 'tests'}"]))
 
-    def start(values, *python):
-        argv = [sys.executable, *(python or [ROOT / "aggrevated.py"])]
-        argv += [f"--{k}={v}" for k, v in values.items()]
-        env = os.environ | dict(PYTHONPATH=paths)
-        started.append(subprocess.Popen(argv, cwd=tmp_path, env=env, **how))
+    def start(*python, **values):
+        argv = [sys.executable, *python, *(f"--{k}={v}" for k, v in values.items())]
+        how = dict(stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        started.append(subprocess.Popen(argv, **how))
         return started[-1]
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
 
 
+SCRIPT = str(ROOT / "aggrevated.py")
+SPAWN = """
+import multiprocessing
+get_context = multiprocessing.get_context
+multiprocessing.get_context = lambda method=None: get_context("spawn")
+"""
 KILLED_WHILE_IT_SAVES = """
 import os, signal, sys, aggrevated
 save = aggrevated.torch.save
-def half_save(state, path, **kwargs):
-    save(state, path, **kwargs)
-    if isinstance(state, dict) and "experience" in state and state["iteration"] == 2:
+def half_save(state, path):
+    save(state, path)
+    if "experience" in state and state["iteration"] == 2:
         os.truncate(path, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
 aggrevated.torch.save = half_save
@@ -243,33 +346,46 @@ aggrevated.main(sys.argv[1:])
 """
 
 
-def test_script_runs_and_a_killed_run_goes_on_as_if_nothing_had_happened(
-    program, small, tmp_path, run_main, no_film
-):
-    values = small(n_workers=2, K=3, max_iteration=3)
-    whole = program(values | dict(log_dir="whole"))
-    killed = program(values | dict(log_dir="killed"), "-c", KILLED_WHILE_IT_SAVES)
-    out, err = whole.communicate(timeout=120)
-    assert whole.returncode == 0 and "score  python aggrevated.py --evaluate" in out, err
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    wait_for(lambda: not running(killed), 10)
-    whole, run = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
-    assert (whole / "final.gif").exists()
+def test_killed_run_goes_on_as_another_by_spawn(program, small, tmp_path, run_main):
+    values = small(env_name=STRANGE, n_workers=2, K=3, max_iteration=3)
+    killed = program("-c", KILLED_WHILE_IT_SAVES, **values, log_dir="killed")
+    killed.communicate(timeout=120)  # until its workers have ended too
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SPAWN)  # Windows' and macOS's way
+    spawned = program(SCRIPT, **values, log_dir="spawned")
+    out, err = spawned.communicate(timeout=120)
+    assert spawned.returncode == 0 and "Exception" not in err, err
+    assert command(out, "score")[:3] == ["python", SCRIPT, "--evaluate"]
+    spawned, run = only_run(tmp_path / "spawned"), only_run(tmp_path / "killed")
+    assert killed.returncode == -signal.SIGKILL and (spawned / "final.gif").exists()
     assert checkpoint(run / "last.pt")["iteration"] == 1 and checkpoint(run / "best.pt")
-    assert run_main("--resume", run).status == 0
-    assert_same_runs(whole, run)
+    resume(run_main, run)
+    assert_same_runs(spawned, run)
 
 
-def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(program, small, tmp_path):
-    values = small(env_name="tiny_envs:Tiny-v0", n_workers=2, max_iteration=10**6, log_dir="logs")
-    process = program(values)
-    wait_for(lambda: sum(map(ignores_ctrl_c, running(process))) >= 2, 120)  # the workers
-    wait_for(lambda: list(tmp_path.glob("logs/*/best.pt")), 60)
-    os.killpg(process.pid, signal.SIGINT)  # the workers get it too
-    out, err = process.communicate(timeout=60)
+def ignore_ctrl_c(pid):
+    """How many children of a process ignore Ctrl-C."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    status = "".join(Path(f"/proc/{child}/status").read_text() for child in children)
+    return len(re.findall(r"SigIgn:\s\w+[2367abef]\n", status))
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(kill, program, small, tmp_path):
+    """Thrice at once, or a kill and then Ctrl-C while Python itself ends: 130 either way."""
+    values = small(env_name=STRANGE, n_workers=2, max_iteration=10**6, eval_every=10**6)
+    process, end = program(SCRIPT, **values, log_dir="my logs"), time.monotonic() + 120
+    while not (list(tmp_path.glob("*/*/best.pt")) and ignore_ctrl_c(process.pid) == 2):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    if kill:
+        process.terminate()
+        out = next(line for line in process.stdout if "Stopped" in line)
+    for _ in range(3):
+        time.sleep(0.1 if kill else 0.01)
+        os.killpg(process.pid, signal.SIGINT)  # the workers get it too
+    _, err = process.communicate(timeout=120)  # until the workers have ended too
     assert process.returncode == 130 and "Traceback" not in err, err
-    run = only_run(tmp_path / "logs").relative_to(tmp_path)
-    assert f"python aggrevated.py --resume {run}\n" in out
-    assert checkpoint(tmp_path / run / "last.pt")["iteration"] >= 0
-    wait_for(lambda: not running(process), 10)
+    run = only_run(Path("my logs"))
+    assert checkpoint(run / "last.pt")["iteration"] >= 0
+    assert not kill or command(out, "Go on:") == ["python", SCRIPT, "--resume", str(run)]

@@ -5,16 +5,13 @@ import numpy as np
 
 
 class Tiny(gym.Env):
-    """Ends after 3 or 9 steps, as the seed says (5 at most); refuses a step after the end.
-
-    An observation is (steps so far, length, a random number that tells episodes apart).
-    """
+    """Ends after 3 or 9 steps, as the seed says (5 at most); refuses a step after the end."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
 
-    def __init__(self, render_mode=None, low=(-2,), high=(2,)):
+    def __init__(self, render_mode=None, low=(-2,), high=(2,), dtype=np.float32):
         self.render_mode = render_mode
-        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
+        self.action_space = gym.spaces.Box(dtype(low), dtype(high), dtype=dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -23,13 +20,26 @@ class Tiny(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        assert not self.over and action.shape == self.action_space.shape
+        assert not self.over and self.action_space.contains(action)
+        assert action.dtype == self.action_space.dtype
         self.t += 1
         self.over = self.t == self.length
-        return self.observe(), float(self.t), self.over, False, {}
+        return self.observe(), np.array([self.t]), self.over, False, {}  # some pay in arrays
 
     def observe(self):
-        return np.array([self.t, self.length, self.name], dtype=np.float32)
+        return np.array([self.t, self.length, self.name])  # which tells episodes apart
+
+
+class Guess(Tiny):
+    """Every step is a problem of its own: the reward, 0 at best, is Q* whatever follows."""
+
+    def observe(self):
+        self.state = self.np_random.uniform(-1, 1, 3)
+        return self.state
+
+    def step(self, action):
+        reward = -((action - 1.5 * self.state[0]) ** 2)[0]
+        return self.observe(), reward, False, False, {}
 
 
 class Undrawable(Tiny):
@@ -39,14 +49,12 @@ class Undrawable(Tiny):
         raise RuntimeError("no display")
 
 
-class WithoutRenderMode(Tiny):
-    def __init__(self):
-        super().__init__()
-
-
-for cls in (Tiny, Undrawable, WithoutRenderMode):
+for cls in (Tiny, Guess, Undrawable):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=5)
-for name, low, high in [
-    ("Narrow", (-1,), (1,)), ("Lopsided", (-3, 0), (1, 10)), ("Unbounded", (-np.inf,), (np.inf,)),
-]:  # fmt: skip
-    gym.register(f"{name}-v0", Tiny, max_episode_steps=5, kwargs=dict(low=low, high=high))
+gym.register("WithoutRenderMode-v0", lambda: Tiny(), max_episode_steps=5)
+for name, kwargs in dict(
+    Narrow=dict(low=(-1,), high=(1,)), Lopsided=dict(low=(-3, 0), high=(1, 10)),
+    Unbounded=dict(low=(-np.inf,), high=(np.inf,)),
+    Double=dict(low=(-0.3,), high=(0.1,), dtype=np.float64),  # float32's 0.1 is beyond it
+).items():  # fmt: skip
+    gym.register(f"{name}-v0", Tiny, max_episode_steps=5, kwargs=kwargs)
