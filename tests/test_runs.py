@@ -1,5 +1,6 @@
 """What a run writes and prints, that it goes on as if never stopped, and what else it touches."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -322,7 +323,7 @@ def program(tmp_path, monkeypatch):
 
     yield start
     for process in started:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
