@@ -1009,11 +1009,23 @@ def open_agent(options: dict) -> AggreVateDAgent:
     return agent
 
 
+def print_expert(agent: AggreVateDAgent) -> None:
+    """Which expert, by which critics, and what may make it silently poor."""
+    path, env = agent.expert_path, agent.config.env_name.split(":")[-1]
+    evaluated = f"evaluated, {agent.config.candidates} candidates"
+    critics = evaluated if agent.expert.evaluated else "as SAC left them"
+    print(f"expert {path} (critics {critics})")
+    folders = [path.parent / name for name in ("", path.stem, env)]
+    if any((folder / "vecnormalize.pkl").exists() for folder in folders):
+        print("warning: VecNormalize, with which it was trained, is not applied here")
+
+
 def print_scores(agent: AggreVateDAgent, path: str) -> None:
     """Learner and expert, by their mean actions, on the same fresh terrains."""
     c, returns = agent.config, {}
     print(f"{path}, iteration {agent.iteration}: {c.algorithm} on {c.env_name}")
-    print(f"expert {agent.expert_path}; ± the standard error of {c.eval_episodes} episodes")
+    print_expert(agent)
+    print(f"means of {c.eval_episodes} test episodes ± standard error")
     for who in ("learner", "expert"):
         episodes = agent.evaluate(who, stream=TEST, bar=who)
         returns[who] = np.array([t.rewards.sum() for t in episodes])
@@ -1022,15 +1034,11 @@ def print_scores(agent: AggreVateDAgent, path: str) -> None:
 
 
 def print_banner(agent: AggreVateDAgent, run_dir: Path) -> None:
-    """What is run, with what, and what makes an expert silently poor."""
-    c, path, evaluated = agent.config, agent.expert_path, agent.expert.evaluated
+    """What is run, with what, and where."""
+    c = agent.config
     print(f"AggreVaTeD ({c.algorithm}) on {c.env_name}, seed {c.seed}, {agent.device}")
     print(f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}")
-    critics = f"evaluated ({c.candidates} candidates)" if evaluated else "as SAC left them"
-    print(f"expert {path}, critics {critics}")
-    folders = [path.parent / x for x in ("", path.stem, c.env_name.split(":")[-1])]
-    if any((folder / "vecnormalize.pkl").exists() for folder in folders):
-        print("warning: VecNormalize, with which it was trained, is not applied here")
+    print_expert(agent)
     print(f"run    {run_dir}\nwatch  tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
 
 
