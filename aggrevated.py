@@ -1012,8 +1012,7 @@ def open_agent(options: dict) -> AggreVateDAgent:
 def print_expert(agent: AggreVateDAgent) -> None:
     """Which expert, by which critics, and what may make it silently poor."""
     path, env = agent.expert_path, agent.config.env_name.split(":")[-1]
-    evaluated = f"evaluated, {agent.config.candidates} candidates"
-    critics = evaluated if agent.expert.evaluated else "as SAC left them"
+    critics = "evaluated" if agent.expert.evaluated else "as SAC left them"
     print(f"expert {path} (critics {critics})")
     folders = [path.parent / name for name in ("", path.stem, env)]
     if any((folder / "vecnormalize.pkl").exists() for folder in folders):
