@@ -254,12 +254,14 @@ def curve(row: str, policy: str, n: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """Steps and numbers of episodes (evaluations,), mean returns (seeds, evaluations)."""
     every = []
     for run in runs("evaluations")[row, None].values():
-        points: dict[int, list[float]] = {}
+        points: dict[int, list[tuple]] = {}
         for x in run:
             if x["policy"] == policy and int(x["episode"]) < n:
-                points.setdefault(int(x["env_steps"]), []).append(float(x["return"]))
-        every.append([(steps, len(x), np.mean(x)) for steps, x in points.items()])
-    steps, numbers, means = np.moveaxis(np.array(every), 2, 0)
+                point = int(x["env_steps"]), float(x["return"])
+                points.setdefault(int(x["iteration"]), []).append(point)
+        every.append({i: (x[0][0], len(x), np.mean(x, axis=0)[1]) for i, x in points.items()})
+    common = sorted(set.intersection(*map(set, every)))  # iterations
+    steps, numbers, means = np.moveaxis([[x[i] for i in common] for x in every], 2, 0)
     before = cost(row)[0] - steps[:, -1].mean()  # the steps of what it started from
     return steps.mean(axis=0) + before, numbers[0], means
 
