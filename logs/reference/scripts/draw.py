@@ -168,10 +168,18 @@ def score_table(rows: list[str], last=False, reference="", of="its expert") -> s
     return table(head, lines)
 
 
+def on_same(row: str, other: str) -> float:
+    """Mean return of another row on a row's terrains."""
+    return returns(other, terrains=terrains_of(row)).mean()
+
+
 def others_table() -> str:
     """An agent a line: expert, learner, difference."""
     pairs = [(row, expert_of(row)) for row in scored(*PRINTED["others"])]
-    lines = [[ROWS[r]["name"].split(":")[0], mean(e), mean(r), minus(r, e)] for r, e in pairs]
+    lines = [
+        [ROWS[r]["name"].split(":")[0], f"{on_same(r, e):.1f}", mean(r), minus(r, e)]
+        for r, e in pairs
+    ]
     return table(["task", "its expert", "AggreVaTeD", "difference (95 % CI)"], lines)
 
 
