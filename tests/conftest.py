@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / x) for x in ("", "rl-trained-agents", "logs/reference/scripts")]
 
 import pytest
 import stable_baselines3

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,11 +15,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "rl-trained-agents")]
 import aggrevated
 import audit
 import evaluate_critics
@@ -29,6 +27,13 @@ import train_sac
 
 ZIPS = sorted((ROOT / "rl-trained-agents" / "sac").glob("*/*.zip"))
 ROWS, N_ENVS, WINDOW, ENDS = 40, 3, 6, ("fall", "goal", "timeout")
+CUTS = [(n, at, end) for n, at in ((76, 75), (80, 79), (95, 75), (95, 79)) for end in ("", *ENDS)]
+CUTS += [(n, None, "") for n in (25, 40, 41, 95, 113, 320)]  # part filled, full, and at the seam
+OPTIONS = (
+    "--env_name Pendulum-v1 --learning_starts 210 --batch_size 16 --updates 40 --n_envs 1 "
+    "--gradient_steps 1 --units 16 --n_steps 1 --buffer_size 1000 "
+    "--torque_updates 20 --torque_cost 3 --late_updates 30"
+).split()
 
 
 def fill(n_rows, n_steps=3, cut_at=None, cut_end=""):
@@ -70,23 +75,12 @@ def before_falls(log, kept=ROWS):
     return places
 
 
-def draws(buffer):
-    """The places that `sample` draws, (30 batches, 500, 2)."""
-    buffer.gather = lambda rows, columns: np.stack([rows, columns], axis=1)
-    np.random.seed(0)
-    return np.array([buffer.sample(500) for _ in range(30)])
-
-
 def assert_uniform(drawn, places):
     """Only these places, and by chi-square all alike."""
     kinds, counts = np.unique(drawn.reshape(-1, 2), axis=0, return_counts=True)
     assert {tuple(kind) for kind in kinds} == set(places)
     mean, freedom = counts.mean(), len(counts) - 1
     assert ((counts - mean) ** 2 / mean).sum() < freedom + 4 * (2 * freedom) ** 0.5
-
-
-CUTS = [(n, at, end) for n, at in ((76, 75), (80, 79), (95, 75), (95, 79)) for end in ("", *ENDS)]
-CUTS += [(n, None, "") for n in (25, 40, 41, 95, 113, 320)]  # part filled, full, and at the seam
 
 
 @mock.patch.object(evaluate_critics, "FALL_WINDOW", WINDOW)
@@ -100,7 +94,9 @@ def test_samples_are_sb3s_and_a_share_from_before_falls(n_rows, cut_at, cut_end,
         reference = theirs._get_samples(rows)
     for name, got, expected in zip(reference._fields, sample, reference):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=name)
-    drawn, places = draws(ours), before_falls(log)
+    ours.gather = lambda rows, columns: np.stack([rows, columns], axis=1)
+    np.random.seed(0)
+    drawn, places = np.array([ours.sample(500) for _ in range(30)]), before_falls(log)
     assert_uniform(drawn[:, 300:], places)  # 0.4 of every batch
     assert_uniform(drawn[:, :300], np.ndindex(ours.size(), N_ENVS))
     assert not {tuple(place) for place in drawn[:, 299]} <= set(places)  # and no more
@@ -164,13 +160,6 @@ def test_the_monitor_records_the_true_return():
     _, (first, *_), *_ = env.step(np.full((2, 1), 2.1))
     *_, (reward, *_), (done, *_), (info, *_) = env.step(np.full((2, 1), 3.0))
     assert done and reward == -100 and info["episode"]["r"] == pytest.approx(first - 100, abs=1e-4)
-
-
-OPTIONS = (
-    "--env_name Pendulum-v1 --learning_starts 210 --batch_size 16 --updates 40 --n_envs 1 "
-    "--gradient_steps 1 --units 16 --n_steps 1 --buffer_size 1000 "
-    "--torque_updates 20 --torque_cost 3 --late_updates 30"
-).split()
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """The study: its page is what its numbers say, and its rows can be run, killed and gone on with."""
 
 import re
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "logs" / "reference" / "scripts"))
 import common
 import draw
 import study
-
 from aggrevated import AggreVateDAgent, Config
 
 TINY = dict(env_name="Pendulum-v1", K=2, H=40, max_iteration=3, eval_every=1, eval_episodes=2)
@@ -32,10 +28,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setitem(common.ROWS, "tiny_expert", dict(options=TINY, episodes=2))
     row = dict(expert="tiny_expert", options=dict(K=3), seeds=[4], keep=[4])
     monkeypatch.setitem(common.ROWS, "tiny", row)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return tmp_path
 
 
 def test_page_is_printed_from_the_committed_numbers():
@@ -87,9 +80,8 @@ def test_tables_are_merged(place):
         list(pool.map(lambda s: common.merge("returns", lines[30 * s : 30 * s + 30]), range(6)))
     common.merge("returns", [("tiny", 3, "best", "test", 0, 2.5, 9, "pit")])
     merged = common.read("returns")
-    assert [int(x["seed"]) for x in merged] == [
-        s for s in range(6) for _ in range(30 - 29 * (s == 3))
-    ]
+    expected = [seed for seed in range(6) for _ in range(30 - 29 * (seed == 3))]
+    assert [int(x["seed"]) for x in merged] == expected
     assert [x["return"] for x in merged if x["seed"] == "3"] == ["2.5"]
     with common.lock(place / "a") as held, common.lock(place / "a", wait=False) as free:
         assert held and not free

@@ -42,16 +42,8 @@ class Guess(Tiny):
         return self.observe(), reward, False, False, {}
 
 
-class Undrawable(Tiny):
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def render(self):
-        raise RuntimeError("no display")
-
-
-for cls in (Tiny, Guess, Undrawable):
+for cls in (Tiny, Guess):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=5)
-gym.register("WithoutRenderMode-v0", lambda: Tiny(), max_episode_steps=5)
 for name, kwargs in dict(
     Narrow=dict(low=(-1,), high=(1,)), Lopsided=dict(low=(-3, 0), high=(1, 10)),
     Unbounded=dict(low=(-np.inf,), high=(np.inf,)),

@@ -143,6 +143,24 @@ def brought(kind: str, *before) -> str:
     return f"{average:+.2f} ± {2 * error:.2f}"
 
 
+def tried(column: str, kind="", before="") -> np.ndarray:
+    """A column of candidates.csv, perhaps only of "best" or "random" ones, and before falls (1)."""
+    lines = [x for x in read("candidates") if x["candidate"].startswith(kind)]
+    return np.array([float(x[column]) for x in lines if x["before_fall"].startswith(before)])
+
+
+def states(before: str) -> str:
+    """In how many states of how many episodes candidates were tried."""
+    of = tried("episode", "best", before)
+    return f"{len(of)} states of {len(set(of))} episodes"
+
+
+def rank(column: str) -> str:
+    """Rank correlation of what critics said of candidates with what came, two standard errors."""
+    ranks = [tried(x).argsort().argsort() for x in (column, "came")]
+    return f"{np.corrcoef(ranks)[0, 1]:+.2f} ± {2 / len(ranks[0]) ** 0.5:.2f}"
+
+
 # -- tables ----------------------------------------------------------------------------------------
 def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table, or a sentence if nothing has been run."""
@@ -344,6 +362,21 @@ def draw_candidates(axes, column: str) -> None:
     axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
 
 
+def draw_candidates(axes, column: str) -> None:
+    """What critics said of candidates and what came, and means of six bins of equal counts."""
+    for before, method, label in (("0", "aggrevated", "elsewhere"), ("1", "bc", "before a fall")):
+        points = (
+            np.clip(tried(column, "", before), -1, 1),
+            np.clip(tried("came", "", before), -5, 5),
+        )
+        axes.plot(*points, **style(method, linestyle="", alpha=0.25, label=label))
+    said, came = tried(column), tried("came")
+    for x in np.array_split(said.argsort(), 6):
+        y, error = ag.mean_and_error(came[x])
+        axes.errorbar(said[x].mean(), y, 2 * error, color="black", marker="*", capsize=3)
+    axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
+
+
 def save(name: str, figure, axes) -> None:
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
@@ -372,6 +405,12 @@ def draw_all() -> None:
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     draw_why(axes)
     save("why", figure, axes)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained", sharey=True)
+    draw_candidates(axes[0], "advantage")
+    draw_candidates(axes[1], "advantage_zip")
+    axes[0].set(xlabel="evaluated critics say", ylabel="really came")
+    axes[1].set(xlabel="SAC's own critics say")
+    save("candidates", figure, axes[0])
     how = dict(figsize=(8, 3.5), layout="constrained", sharex=True, sharey=True)
     figure, axes = plt.subplots(1, 2, **how)
     for panel, column, critics in zip(
