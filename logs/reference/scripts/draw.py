@@ -120,29 +120,6 @@ def gap(last=0, first=-1) -> str:
     return f"{GAPS['gap'][(before > int(first)) & (before <= int(last))].mean():.3g}"
 
 
-def candidates(column: str, kind: str, *before) -> np.ndarray:
-    """A column of candidates.csv, of the candidates "random", "best" or "all"; before falls: 1."""
-    lines = [x for x in read("candidates") if kind in (x["candidate"], "all")]
-    return np.array([float(x[column]) for x in lines if x["before_fall"] in (before or "01")])
-
-
-def states() -> str:
-    """How many states candidates.csv has."""
-    return str(len(candidates("came", "best")))
-
-
-def rank(column: str) -> str:
-    """Rank correlation of what critics said of candidates with what came."""
-    ranks = [candidates(x, "all").argsort().argsort() for x in (column, "came")]
-    return f"{np.corrcoef(ranks)[0, 1]:.2f}"
-
-
-def brought(kind: str, *before) -> str:
-    """By how much more came of candidates, on average, with two standard errors."""
-    average, error = ag.mean_and_error(candidates("came", kind, *before))
-    return f"{average:+.2f} ± {2 * error:.2f}"
-
-
 def tried(column: str, kind="", before="") -> np.ndarray:
     """A column of candidates.csv, perhaps only of "best" or "random" ones, and before falls (1)."""
     lines = [x for x in read("candidates") if x["candidate"].startswith(kind)]
@@ -258,7 +235,7 @@ def fill(text: str) -> str:
 
     A paragraph that needs a row which has not been run is left out.
     """
-    numbers = {f.__name__: f for f in (mean, minus, failed, steps, gap, states, rank, brought)}
+    numbers = {f.__name__: f for f in (mean, minus, failed, steps, gap, states, rank)}
     numbers |= {name: printed.__str__ for name, printed in tables().items()}
     paragraphs = []
     for paragraph in text.split("\n\n"):
@@ -346,35 +323,17 @@ def draw_why(axes) -> None:
     axes.set(xlabel="steps before the fall", ylabel="Q*(s, expert) - Q*(s, learner)")
 
 
-def draw_candidates(axes, column: str) -> None:
+def draw_candidates(axes, column: str, critics: str) -> None:
     """What critics said of candidates and what came, and means of six bins of equal counts."""
-    for before, method in enumerate(("aggrevated", "bc")):
-        points = (candidates(x, "all", str(before)) for x in (column, "came"))
-        label = f"within 150 steps before a fall" if before else "elsewhere"
-        axes.plot(*points, **style(method, linestyle="", alpha=0.25, label=label, zorder=1))
-    said, came = (candidates(x, "all") for x in (column, "came"))
-    bins = [
-        (said[x].mean(), *ag.mean_and_error(came[x])) for x in np.array_split(said.argsort(), 6)
-    ]
-    x, y, error = np.transpose(bins)
-    how = style("expert", linestyle="", marker="_", label="means of a sixth of the points")
-    axes.errorbar(x, y, 2 * error, **how, capsize=3)
-    axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
-
-
-def draw_candidates(axes, column: str) -> None:
-    """What critics said of candidates and what came, and means of six bins of equal counts."""
-    for before, method, label in (("0", "aggrevated", "elsewhere"), ("1", "bc", "before a fall")):
-        points = (
-            np.clip(tried(column, "", before), -1, 1),
-            np.clip(tried("came", "", before), -5, 5),
-        )
-        axes.plot(*points, **style(method, linestyle="", alpha=0.25, label=label))
+    for before, method, place in (("0", "aggrevated", "elsewhere"), ("1", "bc", "before a fall")):
+        x, y = tried(column, "", before).clip(-1, 1), tried("came", "", before).clip(-8, 8)
+        axes.plot(x, y, **style(method, linestyle="", alpha=0.3, markersize=3, label=place))
     said, came = tried(column), tried("came")
     for x in np.array_split(said.argsort(), 6):
         y, error = ag.mean_and_error(came[x])
-        axes.errorbar(said[x].mean(), y, 2 * error, color="black", marker="*", capsize=3)
+        axes.errorbar(said[x].mean(), y, 2 * error, fmt="s", color="black", markersize=4, capsize=3)
     axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
+    axes.set(xlabel=f"better by {critics} critics", ylabel="really better by", xlim=(-1.1, 1.1))
 
 
 def save(name: str, figure, axes) -> None:
@@ -405,21 +364,10 @@ def draw_all() -> None:
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     draw_why(axes)
     save("why", figure, axes)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained", sharey=True)
-    draw_candidates(axes[0], "advantage")
-    draw_candidates(axes[1], "advantage_zip")
-    axes[0].set(xlabel="evaluated critics say", ylabel="really came")
-    axes[1].set(xlabel="SAC's own critics say")
-    save("candidates", figure, axes[0])
-    how = dict(figsize=(8, 3.5), layout="constrained", sharex=True, sharey=True)
-    figure, axes = plt.subplots(1, 2, **how)
-    for panel, column, critics in zip(
-        axes, ("advantage", "advantage_zip"), ("evaluated", "SAC's own"), strict=True
-    ):
-        draw_candidates(panel, column)
-        panel.set(xlabel=f"better than a* by {critics} critics", xlim=(-1, 1), ylim=(-10, 10))
-    axes[0].set(ylabel="better than a* by what came")
-    save("candidates", figure, axes[0])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
+    draw_candidates(left, "advantage", "evaluated")
+    draw_candidates(right, "advantage_zip", "SAC's own")
+    save("candidates", figure, left)
 
 
 if __name__ == "__main__":
