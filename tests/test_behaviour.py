@@ -1,6 +1,5 @@
 """Roll-ins, data, updates and evaluation: what the algorithm does."""
 
-import math
 import pickle
 from collections import defaultdict
 from dataclasses import replace
@@ -14,10 +13,12 @@ from conftest import checkpoint, equal
 from torch.nn.utils import parameters_to_vector
 
 import aggrevated
-from aggrevated import EARLY, FAMILY, ROLL_IN, NumpyPolicy, decay_alpha, returns_to_go, roll_in
+from aggrevated import FAMILY, ROLL_IN, NumpyPolicy, decay_alpha, returns_to_go, roll_in
 
 TINY = "tiny_envs:Tiny-v0"
+HIGH, SHORT = np.array([0.0, 10, 20, 30]), np.zeros(1)  # terrains differ more than iterates
 ON_POLICY = {"score", "minmax", "reinforce"}
+IMITATED = [0, 1.98, -1.98, 1]  # 99 % of the range
 each_member = pytest.mark.parametrize("algorithm", FAMILY)
 
 
@@ -41,7 +42,6 @@ def train(make_agent, tmp_path_factory, monkeypatch):
     return run
 
 
-# -- the mixture -----------------------------------------------------------------------------------
 @each_member
 def test_alpha_falls_linearly_from_1_to_0(algorithm):
     expected = dict(bc=7 * [1], reinforce=7 * [0]).get(algorithm, [1, 0.75, 0.5, 0.25, 0, 0, 0])
@@ -71,7 +71,7 @@ def test_expert_acts_with_probability_alpha_anew_at_every_step(alpha):
     assert all((np.abs(t.actions) == t.states[:, 2:]).all() for t in trajectories)
     turns = [t.actions[:, 0] > 0 for t in trajectories]
     n = sum(map(len, turns))
-    tolerance = 4 * math.sqrt(alpha * (1 - alpha) / n)
+    tolerance = 4 * (alpha * (1 - alpha) / n) ** 0.5
     switches = np.concatenate([x[1:] != x[:-1] for x in turns])
     assert n > 1000 and abs(np.concatenate(turns).mean() - alpha) <= tolerance
     assert abs(switches.mean() - 2 * alpha * (1 - alpha)) <= 2 * tolerance
@@ -79,11 +79,10 @@ def test_expert_acts_with_probability_alpha_anew_at_every_step(alpha):
 
 def test_noise_of_the_learner_is_standard_normal_times_its_scale():
     z = np.concatenate([(t.actions + t.states[:, 2:]) / 0.5 for t in play(300, 0.0, 0.5)])[:, 0]
-    assert abs(z.mean()) < 4 / math.sqrt(len(z)) and z.std() == pytest.approx(1, abs=0.1)
+    assert abs(z.mean()) < 4 / len(z) ** 0.5 and z.std() == pytest.approx(1, abs=0.1)
     assert len(set(z)) == len(z)  # drawn anew at every step
 
 
-# -- trajectories ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("env", [TINY, "tiny_envs:Double-v0"])
 @pytest.mark.parametrize("horizon", [2, 4, 50])
 def test_episodes_end_where_environment_or_horizon_say_and_nothing_is_made_up(horizon, env):
@@ -117,7 +116,6 @@ def test_iteration_has_its_sizes_and_streams_and_the_first_standardises(make_age
     torch.testing.assert_close(agent.policy.state_std, state[:21].std(dim=0, correction=0))
 
 
-# -- data ------------------------------------------------------------------------------------------
 @pytest.fixture
 def labelled(make_agent):
     """labelled(**changes): an agent with the data of its first iteration; 80 transitions."""
@@ -157,7 +155,6 @@ def test_labels_are_what_expert_and_critics_say_and_the_newest_are_kept(labelled
         assert torch.equal(kept, torch.cat([old, new[name]]))
 
 
-# -- what the algorithms make likelier, and how much -----------------------------------------------
 class Known:
     """The expert of `Guess`: its action is the best one, and Q* is exact."""
 
@@ -170,21 +167,14 @@ class Known:
         return -((action - 1.5 * state[:, :1]) ** 2)
 
 
-IMITATED, DONE = [0, 1.98, -1.98, 1], [1.98, 0, -1.98, 0]  # 99 % of the range
-CENTRED = np.array([-3, -1, 1, 3]) / 5**0.5
-
-
-@pytest.mark.parametrize(
-    "algorithm, targets, weights",
-    [
-        ("bc", IMITATED, [1, 1, 1, 1]),
-        ("dagger", IMITATED, [1, 1, 1, 1]),
-        ("aggrevate", IMITATED, [3.5, 3.5, 1, 1 + 2 / 2.25]),  # 1 + 2 * 4 / 2.25 is cut
-        ("aggrevated", IMITATED, [1, 3.5, 3.5, 1 + 2 / 2.25]),
-        ("minmax", DONE, [0, 0, 1, 0.75]),
-        ("reinforce", [2, 0, -2, 0], CENTRED),
-    ],
-)
+@pytest.mark.parametrize("algorithm, targets, weights", [
+    ("bc", IMITATED, [1, 1, 1, 1]),
+    ("dagger", IMITATED, [1, 1, 1, 1]),
+    ("aggrevate", IMITATED, [3.5, 3.5, 1, 1 + 2 / 2.25]),  # 1 + 2 * 4 / 2.25 is cut
+    ("aggrevated", IMITATED, [1, 3.5, 3.5, 1 + 2 / 2.25]),
+    ("minmax", [1.98, 0, -1.98, 0], [0, 0, 1, 0.75]),
+    ("reinforce", [2, 0, -2, 0], np.array([-3, -1, 1, 3]) / 5**0.5),
+])  # fmt: skip
 def test_targets_and_weights_by_hand(make_agent, algorithm, targets, weights):
     agent = make_agent(algorithm=algorithm, gap_factor=2, gap_cut=3.5)
     agent.expert = Known()
@@ -201,7 +191,7 @@ def test_targets_and_weights_by_hand(make_agent, algorithm, targets, weights):
 @pytest.mark.parametrize("optimizer", ["adam", "natural"])
 @each_member
 def test_every_member_climbs_q_star(train, make_agent, monkeypatch, algorithm, optimizer):
-    """Of its own noisy roll-ins alone: to repeat them is no progress, Q* says what is."""
+    # of its own noisy roll-ins alone: to repeat them is no progress, Q* says what is
     monkeypatch.setitem(FAMILY, algorithm, replace(FAMILY[algorithm], alpha=(0, 0)))
     agent = make_agent(
         env_name="tiny_envs:Guess-v0", algorithm=algorithm, optimizer=optimizer, seed=1, K=60,
@@ -216,7 +206,6 @@ def test_every_member_climbs_q_star(train, make_agent, monkeypatch, algorithm, o
     assert bool(agent.optimizer.state) == (optimizer == "adam")  # natural steps leave it alone
 
 
-# -- updates ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm", ["dagger", "reinforce"])
 def test_passes_are_whole_and_shuffled_and_the_step_size_falls_to_0(labelled, algorithm):
     agent, batches, rates = labelled(algorithm=algorithm, train_repeat=2, update_sz=70), [], []
@@ -275,83 +264,60 @@ def test_learner_comes_near_the_expert_on_pendulum(train, make_agent):
     assert learner[4].mean() > max(expert[1].mean() - 60, untrained + 600)
 
 
-# -- seeds -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm", ["aggrevated", "score"])
-def test_a_run_is_a_function_of_its_seed(train, make_agent, algorithm):
+def test_a_run_is_a_function_of_its_seed_however_often_evaluated(train, make_agent, algorithm):
     runs, drawn = [], []
-    for number, seed in enumerate((3, 3, 4)):
-        torch.manual_seed(number)
-        agent = make_agent(algorithm=algorithm, seed=seed, candidates=4, eval_episodes=1)
+    for seed, every in (3, 1), (3, 4), (4, 4):
+        torch.manual_seed(len(runs))
+        how = dict(candidates=4, eval_every=every, eval_episodes=5 - every)
+        agent = make_agent(algorithm=algorithm, seed=seed, **how)
         agent.expert.evaluated, update = "so", agent.update
         agent.update = lambda *x, f=update: drawn.append(torch.rand(1).item()) or f(*x)
         runs.append(train(agent))
     first, again, other = runs
+    assert [len(x.rows) for x in runs] == [4 + 2 * 4, 1 + 2 * 1, 1 + 2 * 1]
     assert equal(first.policy.state_dict(), again.policy.state_dict())
     assert equal(first.experience, again.experience)
     assert not torch.equal(first.policy.fc1.weight, other.policy.fc1.weight)
     assert drawn[:2] == drawn[2:4] and len(set(drawn)) == 4  # an update of one's own each
 
 
-# -- evaluation ------------------------------------------------------------------------------------
-def test_evaluation_is_of_the_mean_action_to_the_environments_own_limit(make_agent):
-    agent = make_agent(H=7)
-    policy = NumpyPolicy(agent.policy.state_dict())
-    for who, act in (("learner", policy.act), ("expert", agent.expert.predict)):
-        for t in agent.evaluate(who):
-            assert len(t.rewards) == 200
-            np.testing.assert_allclose(t.actions, act(t.states), atol=1e-5)
-
-
-def test_evaluations_meet_the_same_terrains_and_no_others_do(train, make_agent):
+def test_evaluations_are_of_the_mean_action_to_the_end_on_terrains_of_their_own(train, make_agent):
     def starts(episodes):
         return [tuple(t.states[0]) for t in episodes]
 
-    agent = make_agent(eval_episodes=3)
+    agent = make_agent(eval_episodes=3, H=7)
     first = starts(agent.evaluate())
-    train(agent)
-    assert first == starts(agent.evaluate()) == starts(agent.evaluate("expert"))
+    policy = NumpyPolicy(train(agent).policy.state_dict())
+    for who, act in (("learner", policy.act), ("expert", agent.expert.predict)):
+        assert first == starts(episodes := agent.evaluate(who))
+        for t in episodes:
+            assert len(t.rewards) == 200  # the environment's own limit
+            np.testing.assert_allclose(t.actions, act(t.states), atol=1e-5)
     assert first[:1] == starts(agent.evaluate(n_episodes=1))
     first += starts(agent.evaluate(stream=aggrevated.TEST))
     first += starts(agent.simulate(streams(3) + streams(3, iteration=2), 0, 0, 1))
     assert len(set(first)) == 12
 
 
-@pytest.mark.parametrize("algorithm", ["aggrevated", "score"])
-def test_evaluation_does_not_disturb_training(train, algorithm):
-    often, seldom = (train(algorithm=algorithm, eval_every=n, eval_episodes=5 - n) for n in (1, 4))
-    assert len(often.rows) == 4 + 2 * 4 and len(seldom.rows) == 1 + 2 * 1
-    assert equal(often.policy.state_dict(), seldom.policy.state_dict())
-    assert equal(often.experience, seldom.experience)
-
-
-def test_first_iterations_have_short_evaluations_and_rewards_are_logged_as_sums(train):
+def test_rewards_are_recorded_and_logged_as_sums(train):
     agent = train(env_name=TINY, K=7, max_iteration=7, eval_every=5, eval_episodes=6)
-    learner, expert = agent.returns_of("learner"), agent.returns_of("expert")
-    short = dict.fromkeys(range(1, EARLY + 1), 2)
-    assert {n: len(x) for n, x in learner.items()} == short | {5: 6, 7: 6}
-    assert len(expert[1]) == 6 and all(x == {3: 6, 5: 15}[n] for *_, x, n in agent.rows)
-    assert agent.log["eval/episode_reward"] == [x.mean() for x in learner.values()]
+    assert all(x == {3: 6, 5: 15}[n] for *_, x, n in agent.rows) and len(agent.rows) == 6 + 18
     steps = np.diff([0, *agent.log["time/env_steps"]])
     long = (steps - 7 * 3) / 2  # trajectories of 5 steps, which pay 15; those of 3 pay 6
     np.testing.assert_allclose(agent.log["rollout/episode_reward"], (6 * 7 + 9 * long) / 7)
 
 
-HIGH, SHORT = np.array([0.0, 10, 20, 30]), np.zeros(1)  # terrains differ more than iterates
-
-
-@pytest.mark.parametrize(
-    "episodes, returns, best",
-    [
-        (4, {1: HIGH, 2: HIGH - [0.1, 2.9, 0.1, 2.9]}, 2),  # 1.5 lower, two errors are 1.62
-        (4, {1: HIGH, 2: HIGH - [0, 2, 1, 2]}, 1),  # 1.25 lower, two errors are 0.96
-        (4, {1: HIGH, 2: HIGH - 1}, 1),  # on every terrain alike: no luck in it
-        (4, {1: HIGH - [0, 2, 0, 2], 2: HIGH, 3: HIGH, 4: HIGH - 1}, 3),
-        (4, {1: SHORT + 50, 2: SHORT}, 2),  # while there is nothing else, the latest
-        (4, {1: SHORT + 50, 2: SHORT + 90, 5: HIGH, 6: HIGH - 1}, 5),
-        (4, {2: HIGH, 3: SHORT + 50}, 2),
-        (1, {1: SHORT + 50, 2: SHORT}, 2),  # one difference has no error: it may be luck
-    ],
-)
+@pytest.mark.parametrize("episodes, returns, best", [
+    (4, {1: HIGH, 2: HIGH - [0.1, 2.9, 0.1, 2.9]}, 2),  # 1.5 lower, two errors are 1.62
+    (4, {1: HIGH, 2: HIGH - [0, 2, 1, 2]}, 1),  # 1.25 lower, two errors are 0.96
+    (4, {1: HIGH, 2: HIGH - 1}, 1),  # on every terrain alike: no luck in it
+    (4, {1: HIGH - [0, 2, 0, 2], 2: HIGH, 3: HIGH, 4: HIGH - 1}, 3),
+    (4, {1: SHORT + 50, 2: SHORT}, 2),  # while there is nothing else, the latest
+    (4, {1: SHORT + 50, 2: SHORT + 90, 5: HIGH, 6: HIGH - 1}, 5),
+    (4, {2: HIGH, 3: SHORT + 50}, 2),
+    (1, {1: SHORT + 50, 2: SHORT}, 2),  # one difference has no error: it may be luck
+])  # fmt: skip
 def test_best_iterate_is_the_latest_within_two_errors(make_agent, episodes, returns, best):
     agent = make_agent(eval_episodes=episodes)
     rows = [(n, i, x) for n, values in returns.items() for i, x in enumerate(values)]

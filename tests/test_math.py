@@ -10,8 +10,7 @@ import pytest
 import tiny_envs  # noqa: F401  (registers them)
 import torch
 from conftest import make_sac
-from torch import distributions as D
-from torch import nn
+from torch import distributions as D, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from aggrevated import (
@@ -46,7 +45,6 @@ def states(n, dim=4, seed=1):
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -- the learner -----------------------------------------------------------------------------------
 @each_box
 def test_log_prob_is_that_of_torchs_transformed_distribution(box):
     policy, state = make_policy(box), states(200)
@@ -106,7 +104,6 @@ def test_inputs_are_bounded_at_10_deviations():
         torch.testing.assert_close(act(at[10]), act(at[11]), rtol=1e-4, atol=1e-4)
 
 
-# -- the expert ------------------------------------------------------------------------------------
 IN_TORCH = {
     "gsde": dict(use_sde=True), "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
     "tanh": dict(activation_fn=nn.Tanh), "elu": dict(activation_fn=nn.ELU),
@@ -140,7 +137,6 @@ def test_expert_is_sb3s_agent(tmp_path, kind):
     assert q.shape[1] == KINDS[kind].get("n_critics", 2) and own.std() > 0.01
 
 
-# -- better actions than the expert's --------------------------------------------------------------
 def improver(critics, box=BOXES["asymmetric"], **settings):
     """An agent whose expert always does the same; `critics` are Q_i of (action - that) / scale."""
     policy, config = make_policy(box).float(), Config(**dict(candidates=512) | settings)
@@ -170,15 +166,14 @@ def test_improved_action_is_the_pessimistic_softmax_mean_of_the_candidates(slope
     np.testing.assert_allclose(shift, [expected, 0], atol=0.003)
 
 
-def test_experts_own_action_stays_where_it_is_not_improved():
-    def nothing_is_better(delta):
-        return -1e6 * delta.abs().sum(-1, keepdim=True)
-
-    up, worse = linear(1.0), nothing_is_better
-    for critics, candidates, evaluated in (up, 1, True), (up, 512, None), (worse, 512, True):
-        agent, a_star = improver(critics, candidates=candidates)
-        agent.expert.evaluated = evaluated
-        assert torch.equal(improved_action(agent, torch.zeros(5, 4)), a_star.expand(5, -1))
+@pytest.mark.parametrize("critics, candidates, evaluated", [
+    (linear(1.0), 1, True), (linear(1.0), 512, None),
+    (lambda delta: -1e6 * delta.abs().sum(-1, keepdim=True), 512, True),  # nothing is better
+])  # fmt: skip
+def test_experts_own_action_stays_where_it_is_not_improved(critics, candidates, evaluated):
+    agent, a_star = improver(critics, candidates=candidates)
+    agent.expert.evaluated = evaluated
+    assert torch.equal(improved_action(agent, torch.zeros(5, 4)), a_star.expand(5, -1))
 
 
 @each_box
@@ -189,7 +184,6 @@ def test_small_temperature_picks_the_best_candidate_in_the_range(box):
     assert (improved >= box.low - 1e-4).all() and (improved <= box.high + 1e-4).all()
 
 
-# -- weights ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cut, first", [(20.0, 7.0), (5.0, 5.0)])
 def test_gap_weights_by_hand_and_all_weights_are_finite_where_all_is_alike(cut, first):
     q_expert, q_learner = torch.tensor([[3.0, 1, 0, -1], [1, 5, -1, -2]])[..., None]
@@ -210,7 +204,6 @@ def test_returns_to_go_are_discounted_sums(rewards, gamma):
     np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
 
 
-# -- the paper's gradient --------------------------------------------------------------------------
 def test_score_function_estimates_the_gradient_of_expected_q_star():
     """For Q* = -|u - f(s)|^2, E[Q*] = -|mean(s) - f(s)|^2 - |std(s)|^2."""
     policy, state = make_policy(BOXES["one"], hidden_dim=3), states(200)
@@ -244,7 +237,6 @@ def test_score_function_lets_no_state_outweigh_a_minibatch():
     torch.testing.assert_close(weight[:500], -weight[500:])  # what both share is no advantage
 
 
-# -- the natural step ------------------------------------------------------------------------------
 def test_conjugate_gradient_solves():
     torch.manual_seed(0)
     half, b = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
@@ -288,10 +280,15 @@ def test_natural_step_is_the_damped_fisher_direction_scaled_to_the_kl(problem, k
     assert 0.5 * kl_step < mean_kl(old, policy(state)).item() < 1.5 * kl_step
 
 
-def elsewhere(policy, loss_at):
-    """A loss: 0 at the parameters of now, loss_at(how far away) at all others."""
-    start = flat(policy)
-    return lambda: XX
+def elsewhere(policy, loss_of, loss_at):
+    """The loss at the parameters of now; loss_at(how far away) at all others."""
+    start = parameters_to_vector(policy.parameters()).detach().clone()
+
+    def loss():
+        distance = (parameters_to_vector(policy.parameters()).detach() - start).norm().item()
+        return loss_at(distance) if distance else loss_of(policy)
+
+    return loss
 
 
 @pytest.mark.parametrize("worse", [1, 3, 9, 10])

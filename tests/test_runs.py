@@ -11,10 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -63,7 +61,6 @@ def run_small(run_main, small, tmp_path, monkeypatch):
     return run
 
 
-# -- what a run leaves -----------------------------------------------------------------------------
 def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     result, run = finished
     for text in ("Pendulum-v1", "seed 0", small()["expert_path"], str(run)):
@@ -74,7 +71,7 @@ def test_run_leaves_its_files_and_says_what_it_does(finished, small):
     expected = "config.json", "evaluations.csv", "last.pt", "best.pt", "final.gif"
     assert names == {*expected, "events", "expert"}
     config = json.loads((run / "config.json").read_text())
-    assert config == asdict(Config(**small(log_dir=str(run.parent))).check())
+    assert config == vars(Config(**small(log_dir=str(run.parent))).check())
     assert [r["length"] for r in evaluations(run)] == 6 * ["200"]
     for n in (1, 2):
         learner, expert = returns(run, "learner", n).mean(), returns(run, "expert", 1).mean()
@@ -97,12 +94,12 @@ def test_run_leaves_its_files_and_says_what_it_does(finished, small):
 
 @pytest.mark.parametrize("last, every, steps", [(7, 5, "12357"), (4, 9, "1234"), (2, 1, "12")])
 def test_learner_and_expert_have_points_in_runs_of_their_own(run_small, last, every, steps):
-    """In the first three iterations (short), in every some, and in the last."""
     run = run_small("logs", max_iteration=last, eval_every=every, eval_episodes=7)
     steps, expert = [int(n) for n in steps], returns(run, "expert", 1)
     learner = {n: returns(run, "learner", n) for n in steps}
     whole = {n for n in steps if n % every == 0 or n == last}
     assert {n: len(x) for n, x in learner.items()} == {n: 7 if n in whole else 2 for n in steps}
+    assert len(expert) == 7
     assert points(run) == [(n, pytest.approx(learner[n].mean())) for n in steps]
     assert points(run / "expert") == [(n, pytest.approx(expert.mean())) for n in steps]
     tags = [set(events(folder).Tags()["scalars"]) for folder in (run, run / "expert")]
@@ -129,7 +126,6 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     assert made == ["aggrevated_my-Task-v0_s3_now" + end for end in ("", "_2", "_3")]
 
 
-# -- scores, and policies --------------------------------------------------------------------------
 def test_evaluate_scores_the_best_iterate(run_small, run_main, make_agent, tmp_path, monkeypatch):
     task = dict(env_name="stranger_envs:Negative-v0")
     monkeypatch.setattr(AggreVateDAgent, "best_iterate", lambda agent: 1)
@@ -167,7 +163,7 @@ def test_policy_can_be_used_without_an_environment_and_by_sb3(finished, make_age
     network = make_agent(init_path=str(finished[1])).policy
     expected = network.predict(torch.from_numpy(state).float()).detach().numpy()
     with monkeypatch.context() as patch:
-        patch.setattr(gym, "make", lambda *args, **kwargs: pytest.fail("an environment"))
+        patch.setattr(aggrevated.gym, "make", lambda *args, **kwargs: pytest.fail("an environment"))
         policy, same = load_policy(finished[1]), load_policy(str(finished[1] / "best.pt"))
     actions, hidden = policy.predict(state, deterministic=True)
     one, same_hidden = same.predict(state[3], "hidden", np.array([True]))
@@ -179,7 +175,6 @@ def test_policy_can_be_used_without_an_environment_and_by_sb3(finished, make_age
     assert evaluate_policy(policy, make_env("Pendulum-v1"), **how)[1] == [200, 200]
 
 
-# -- going on --------------------------------------------------------------------------------------
 def assert_same_runs(a, b):
     for name in ("last.pt", "best.pt"):
         x, y = checkpoint(a / name), checkpoint(b / name)
@@ -198,16 +193,12 @@ def resume(run_main, run, **changes):
     assert result.status == 0, result.err
 
 
-MOMENTS = [  # where, in which call of it, with how many iterations saved by then
-    ("simulate", 1, 0, dict()),
+@pytest.mark.parametrize("moment, number, saved, changes", [
+    ("simulate", 1, 0, dict()),  # where, in which call of it, how many iterations saved by then
     ("update", 3, 2, dict(optimizer="natural", max_experience_len=30)),
     ("validate", 4, 3, dict(algorithm="score")),
-]
-
-
-@pytest.mark.parametrize("moment, number, saved, changes", MOMENTS)
-def test_interrupted_run_goes_on(moment, number, saved, changes, run_small, run_main, monkeypatch):
-    """As if it had never been stopped."""
+])  # fmt: skip
+def test_stopped_run_goes_on(moment, number, saved, changes, run_small, run_main, monkeypatch):
     changes = changes | dict(max_iteration=4, eval_every=2, eval_episodes=5)
     whole, plain, calls = run_small("whole", **changes), getattr(AggreVateDAgent, moment), []
 
@@ -243,8 +234,7 @@ def test_finished_run_can_be_lengthened(run_small, run_main, expert_zip, tmp_pat
     assert points(part, "time/seconds")[-1][1] > 1000
 
 
-def test_printed_commands_can_be_pasted(run_main, small, tmp_path, monkeypatch):
-    """From, into and by what lies in folders with spaces; the default expert is beside the file."""
+def test_printed_commands_can_be_pasted_with_spaces(run_main, small, tmp_path, monkeypatch):
     (tmp_path / "my own").mkdir()
     monkeypatch.chdir(tmp_path / "my own")
     monkeypatch.setattr(sys, "argv", [script := "../a b/aggrevated.py"])
@@ -265,7 +255,6 @@ def test_printed_commands_can_be_pasted(run_main, small, tmp_path, monkeypatch):
     assert command(out, "watch") == ["tensorboard", "--logdir", str(run.parent)]
 
 
-# -- the process that it runs in -------------------------------------------------------------------
 def test_main_ends_its_own_workers_and_no_other_process(run_small, monkeypatch):
     agents, plain = [], aggrevated.open_agent
     monkeypatch.setattr(aggrevated, "open_agent", lambda x: agents.append(plain(x)) or agents[0])
@@ -277,14 +266,13 @@ def test_main_ends_its_own_workers_and_no_other_process(run_small, monkeypatch):
 
 
 IMPORT = """
-import os, signal, threading, warnings
-import gymnasium, PIL.ImageDraw, stable_baselines3.sac.policies, torch, tqdm
-import tensorboard.compat.proto.summary_pb2, torch.utils.tensorboard.summary
+import gymnasium, os, PIL.ImageDraw, signal, stable_baselines3.sac.policies, threading, torch, tqdm
+import tensorboard.compat.proto.summary_pb2, torch.utils.tensorboard.summary, warnings
+Distribution = torch.distributions.Distribution
 def state():
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     of_torch = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist()
-    of_torch += (torch.are_deterministic_algorithms_enabled(),)
-    of_torch += (torch.distributions.Distribution._validate_args,)
+    of_torch += torch.are_deterministic_algorithms_enabled(), Distribution._validate_args
     return dict(os.environ), handlers, of_torch, warnings.filters[:], threading.active_count()
 before = state()
 import aggrevated
@@ -302,7 +290,6 @@ def test_cuda(run_small, run_main):
     assert checkpoint(run / "last.pt")["experience"]["state"].is_cuda
 
 
-# -- the program itself, with two workers ----------------------------------------------------------
 @pytest.fixture
 def program(tmp_path, monkeypatch):
     """program(*python, **values): the script, or other code, in a process group of its own."""
@@ -325,9 +312,8 @@ def program(tmp_path, monkeypatch):
 
 SCRIPT = str(ROOT / "aggrevated.py")
 SPAWN = """
-import multiprocessing
-get_context = multiprocessing.get_context
-multiprocessing.get_context = lambda method=None: get_context("spawn")
+import multiprocessing as m
+m.get_context = lambda method=None, get_context=m.get_context: get_context("spawn")
 """
 KILLED_WHILE_IT_SAVES = """
 import os, signal, sys, aggrevated

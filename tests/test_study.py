@@ -73,8 +73,7 @@ def test_killed_row_goes_on_and_a_finished_one_is_not_run_again(place, monkeypat
     study.run_row("tiny", terrains="validation")
 
 
-def test_tables_are_merged(place):
-    """Several writers at once lose nothing, and a repetition replaces what it repeats."""
+def test_writers_at_once_lose_nothing_and_a_repetition_replaces_what_it_repeats(place):
     lines = [("tiny", seed, "best", "test", i, 1.5, 9, "") for seed in range(6) for i in range(30)]
     with ThreadPoolExecutor(6) as pool:  # flock is between open files, whoever has them
         list(pool.map(lambda s: common.merge("returns", lines[30 * s : 30 * s + 30]), range(6)))
