@@ -26,6 +26,7 @@ import publish
 import train_sac
 
 ZIPS = sorted((ROOT / "rl-trained-agents" / "sac").glob("*/*.zip"))
+ZIPS = [path for path in ZIPS if list(path.parent.glob("*.json"))]  # the RL Zoo's have none
 ROWS, N_ENVS, WINDOW, ENDS = 40, 3, 6, ("fall", "goal", "timeout")
 CUTS = [(n, at, end) for n, at in ((76, 75), (80, 79), (95, 75), (95, 79)) for end in ("", *ENDS)]
 CUTS += [(n, None, "") for n in (25, 40, 41, 95, 113, 320)]  # part filled, full, and at the seam
