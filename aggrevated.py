@@ -932,7 +932,7 @@ def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
             frame = Image.fromarray(env.render())
             frame.thumbnail((480, 480))
             text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
-            ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=20)
+            ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=24)
             frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
         space = env.action_space
         env.step(np.clip(action, space.low, space.high).astype(space.dtype))
