@@ -15,8 +15,8 @@ The paper's Algorithm 1 is `AggreVateDAgent.train`, in the names of this file:
         simulate    K trajectories of the mixture, at most H steps each
         label       in every visited state the action to imitate, and its Q*
         update      Adam on -mean[ w log pi(target | s) ], or natural steps
-        validate    now and then; best.pt keeps the latest iterate within two standard
-                    errors of the best
+        validate    now and then; best.pt is the latest iterate within two standard errors
+                    of the one with the highest mean
 
 What is made likelier, and with which weight, is what the algorithms differ in: see FAMILY.
 The default's target is the expert's action, its weight how much worse the learner's own
@@ -130,6 +130,7 @@ class Config:
     gap_cut: float = option(20.0, "largest weight; 5 to 50", 1, 1e6)
     kl_step: float = option(0.01, "KL of a natural step [nats]; 0.01 to 0.1", 1e-12, 10)
     gamma: float = option(0.0, "discount of REINFORCE; 0: the one of Q*", 0, 1)
+    # best.pt is the latest iterate within two standard errors of the one with the highest mean
     eval_every: int = option(5, "iterations between whole evaluations", 1)
     eval_episodes: int = option(20, "episodes of a whole evaluation; 10 to 500", 1)
     log_dir: str = option("logs", "parent of the run folders")
