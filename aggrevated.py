@@ -26,6 +26,7 @@ by them, and the learner passes its expert.  `--algorithm score` is the paper's 
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,13 +35,14 @@ import pickle
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -83,13 +85,18 @@ BAD_FILE = OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZip
 BAD_FILE += pickle.UnpicklingError, zlib.error
 
 
+def reason(error: Exception) -> str:
+    """What an exception says, in a line."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 150, placeholder=" ...")
+
+
 @contextmanager
 def user_error_if(errors, sentence: str):
     """These errors inside become a UserError that says so and names the mend."""
     try:
         yield
     except errors as error:
-        raise UserError(f"{sentence} ({error!r:.150}).") from None
+        raise UserError(f"{sentence} ({reason(error)}).") from None
 
 
 # == 1. Config: every setting ==========================================================
@@ -106,11 +113,13 @@ class Config:
     env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id, or module:id")
     env_kwargs: dict = option({}, "more for gym.make, as JSON")
     expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/ENV_1/ENV.zip")
-    algorithm: str = option("aggrevated", "member of the FAMILY")
-    optimizer: str = option("adam", "or natural steps", choices=("adam", "natural"))
+    algorithm: str = option(
+        "aggrevated", "bc, dagger, aggrevate, aggrevated, score, minmax or reinforce"
+    )
+    optimizer: str = option("adam", "adam or natural", choices=("adam", "natural"))
     init_path: str = option("", "run or policy file to start from; none: at random")
-    seed: int = option(0, "of everything random", 0, 2**32)
-    device: str = option("auto", "CUDA if there is one", choices=("auto", "cpu"))
+    seed: int = option(0, "decides all that is random", 0, 2**32)
+    device: str = option("auto", "auto takes CUDA if there is one; or cpu", choices=("auto", "cpu"))
     n_workers: int = option(2, "processes that simulate, threads of the update", 1, 64)
     max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", 1)
     alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 60", 1)
@@ -138,16 +147,17 @@ class Config:
     def check(self) -> "Config":
         """UserError unless all types and ranges are right; 3e5 is a whole number."""
         for f in fields(self):
-            value, legal = getattr(self, f.name), option(None, "").metadata | f.metadata
+            value, limits = getattr(self, f.name), option(None, "").metadata | f.metadata
             if f.type in (int, float) and type(value) in (int, float) and value % 1 == 0:
                 value = f.type(value)
                 setattr(self, f.name, value)
             if type(value) is not f.type:
                 raise UserError(f"{f.name} is {value!r}; its type is {f.type.__name__}.")
-            low, high = legal["low"], legal["high"]
+            low, high = limits["low"], limits["high"]
             if f.type in (int, float) and not low <= value <= high:
-                raise UserError(f"{f.name} is {value}; give {low} to {high}.")
-            choices = tuple(FAMILY) if f.name == "algorithm" else legal["choices"]
+                legal = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise UserError(f"{f.name} is {value}; give {legal}.")
+            choices = tuple(FAMILY) if f.name == "algorithm" else limits["choices"]
             if choices and value not in choices:
                 raise UserError(f"{f.name} is {value}; give one of {', '.join(choices)}.")
         return self
@@ -229,7 +239,7 @@ class NumpyPolicy:
         """The action of u = mean + std * noise, gelu as above: one state or a batch."""
         w = self.w
         x = (state - w["state_mean"]) / w["state_std"]
-        x = np.clip(x, -INPUT_BOUND, INPUT_BOUND)
+        x = x.clip(-INPUT_BOUND, INPUT_BOUND)
         for layer in ("fc1", "fc2"):
             x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
             x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # sqrt(2/pi)
@@ -249,11 +259,7 @@ class NumpyPolicy:
 
 
 # == 3. The expert: a SAC agent whose twin critics are Q* ==============================
-OTHER_AGENTS = {  # known by a name among their weights
-    "action_net.weight": "a PPO or A2C agent",
-    "q_net.q_net.0.weight": "a DQN agent",
-    "actor_target.mu.0.weight": "a TD3 or DDPG agent",
-}
+OTHER_EXPERT = "set --expert_path to a SAC zip of this task"
 
 
 def layer_sizes(weights: dict, prefix: str) -> list[int]:
@@ -267,17 +273,16 @@ def read_sac_zip(path) -> tuple[dict, dict]:
     Nothing in the file can run code: torch reads weights only, and the rest is plain JSON.
     """
     if not Path(path).exists():
-        raise UserError(f"There is no {path}; set --expert_path to a SAC zip.")
-    with user_error_if(BAD_FILE, f"{path} is damaged or no SB3 agent; set --expert_path"):
+        raise UserError(f"There is no {path}; {OTHER_EXPERT}.")
+    with user_error_if(BAD_FILE, f"{path} is damaged or no SB3 agent; {OTHER_EXPERT}"):
         with zipfile.ZipFile(path) as archive:
             with archive.open("policy.pth") as pth:
                 weights = torch.load(pth, map_location="cpu", weights_only=True)
             data = json.loads(archive.read("data"))
     one_output = layer_sizes(weights, "critic.qf0.")[-1:] == [1]  # TQC's critics have 25
     if "actor.latent_pi.0.weight" not in weights or not one_output:
-        kinds = [kind for name, kind in OTHER_AGENTS.items() if name in weights]
-        kind = (kinds + ["another kind of agent (TQC?)"])[0]
-        raise UserError(f"{path} holds {kind}, no SAC critics; set --expert_path.")
+        kind = "another kind of agent (PPO, DQN, TD3, TQC?), no SAC critics"
+        raise UserError(f"{path} holds {kind}; {OTHER_EXPERT}.")
     return weights, data
 
 
@@ -302,8 +307,12 @@ class SACExpert:
             clip_mean=float(kwargs.get("clip_mean", 2.0)),
             n_critics=n_critics,
         )
+        given, (needed,) = weights["actor.latent_pi.0.weight"].shape[1], observation_space.shape
+        if given != needed:
+            sizes = f"{path} takes {given} observations, the task has {needed}"
+            raise UserError(f"{sizes}; {OTHER_EXPERT}.")
         policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
-        with user_error_if(RuntimeError, f"{path} is of another task; set --expert_path"):
+        with user_error_if(RuntimeError, f"{path} does not fit the task; {OTHER_EXPERT}"):
             policy.load_state_dict(weights)
         self.gamma, self.evaluated = float(data["gamma"]), data.get("critics_evaluated")
         policy.requires_grad_(False)
@@ -360,11 +369,12 @@ def make_env(env_name: str, **kwargs) -> gym.Env:
     errors = gym.error.Error, ImportError, TypeError
     with user_error_if(errors, f"{env_name!r} cannot be made; check env_name, env_kwargs"):
         env = gym.make(env_name, disable_env_checker=True, **kwargs)
-    spaces = env.observation_space, env.action_space
-    boxes = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in spaces)
-    if not boxes or not env.action_space.is_bounded():
-        reason = "discrete or unbounded actions and images are not supported"
-        raise UserError(f"{env_name} has {spaces}: {reason}; choose another task.")
+    seen, acts = env.observation_space, env.action_space
+    if isinstance(acts, gym.spaces.Discrete):
+        raise UserError(f"{env_name}: discrete actions are not supported; choose another task.")
+    vectors = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (seen, acts))
+    if not vectors or not acts.is_bounded():
+        raise UserError(f"{env_name} has {seen} and {acts}; both must be vectors, actions bounded.")
     return env
 
 
@@ -395,7 +405,7 @@ def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, s
         if not np.isfinite(state).all():
             raise UserError(f"{env_name} gave a NaN or infinite observation; mend it.")
         action = mixed_policy(learner, expert, state, alpha, noise_scale, rng)
-        legal = np.clip(action, space.low, space.high).astype(space.dtype)  # of rounding
+        legal = action.clip(space.low, space.high).astype(space.dtype)  # of rounding
         following, reward, terminated, truncated, _ = env.step(legal)
         steps.append((state, action, np.asarray(reward).item()))
         state = following
@@ -582,11 +592,11 @@ def natural_step(policy, loss_of: Callable, state, kl_step: float):
     step = conjugate_gradient(fisher, -gradient)
     curvature = (step @ fisher(step)).clamp(min=1e-12)
     step *= (2 * kl_step / curvature).sqrt()  # KL is about step' I step / 2
-    with torch.no_grad():
-        line_search(policy, loss_of, state, step, kl_step)
+    line_search(policy, loss_of, state, step, kl_step)
     return loss.detach()
 
 
+@torch.no_grad()
 def line_search(policy, loss_of: Callable, state, step, kl_step: float) -> None:
     """Halve the step until the KL is right and the loss falls, or take none."""
     old, loss, parameters = policy(state), loss_of(), list(policy.parameters())
@@ -654,10 +664,7 @@ class AggreVateDAgent:
     def get_q_star(self, state, action=None):
         """Q*(s, a) (N, 1), of the learner's mean action if none is given."""
         states = state.split(2048)  # pieces stay in the CPU's cache
-        if action is None:
-            actions = map(self.policy.predict, states)
-        else:
-            actions = action.split(2048)
+        actions = map(self.policy.predict, states) if action is None else action.split(2048)
         q = torch.cat(list(map(self.expert.q_star, states, actions)))
         if not q.isfinite().all():
             raise UserError("Q* is NaN or infinite on a visited state; use another expert.")
@@ -764,7 +771,7 @@ class AggreVateDAgent:
         return max(n for n, (mean, error) in behind.items() if not mean > 2 * error)
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Returns of learner and expert; saves best.pt if this is the best iterate (line 7)."""
+        """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
         n, episodes = self.iteration, self.config.eval_episodes
         threshold = self.threshold
         if not self.rows:
@@ -776,12 +783,13 @@ class AggreVateDAgent:
         learner, (expert,) = self.returns_of("learner")[n], self.returns_of("expert").values()
         if n == self.best_iterate():
             self.save(run_dir / "best.pt", score=float(learner.mean()))
+        same = expert[: len(learner)]  # terrains
         now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:5.0f} s"
-        scores = f"learner {describe(learner, threshold)}  expert {expert.mean():.1f}"
-        tqdm.write(f"{now}  {scores}")
+        score, its = describe(learner, threshold), f"{same.mean():.1f} ({len(same)} episodes)"
+        tqdm.write(f"{now}  learner {score}  expert {its}")
         if n == 1 and threshold and expert.mean() < threshold - abs(threshold) / 2:
             tqdm.write(f"warning: the expert itself is poor; solved is {threshold:g}")
-        return learner, expert
+        return learner, same
 
     def save(self, path: Path, **more) -> None:
         """Write a checkpoint and then rename it: a kill leaves the last one."""
@@ -854,7 +862,9 @@ def mean_and_error(x: np.ndarray) -> tuple[float, float]:
 def describe(returns: np.ndarray, threshold=None) -> str:
     """Mean return ± its standard error, and the share that reaches the threshold."""
     mean, error = mean_and_error(returns)
-    text = f"{mean:7.1f} ± {error:.1f}"
+    text = f"{mean:7.1f}"
+    if len(returns) > 1:
+        text += f" ± {error:.1f}"
     if threshold is not None:
         text += f", {(returns >= threshold).mean():4.0%} solved"
     return text
@@ -885,16 +895,12 @@ def make_run_dir(c: Config) -> Path:
     """A fresh folder below log_dir; UserError if it cannot be made."""
     env = c.env_name.split(":")[-1].replace("/", "-")
     name = f"{c.algorithm}_{env}_s{c.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
-    run_dir, number = Path(c.log_dir) / name, 1
-    with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
-        Path(c.log_dir).mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                run_dir.mkdir()
+    for number in itertools.count(1):
+        run_dir = Path(c.log_dir) / (name if number == 1 else f"{name}_{number}")
+        with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
+            with suppress(FileExistsError):  # another run of this second
+                run_dir.mkdir(parents=True)
                 return run_dir
-            except FileExistsError:  # another run of this second
-                number += 1
-                run_dir = Path(c.log_dir) / f"{name}_{number}"
 
 
 def load_checkpoint(path) -> dict:
@@ -948,7 +954,7 @@ def save_gif(agent: AggreVateDAgent, run_dir: Path) -> None:
     try:
         frames = draw_episode(agent)
     except Exception as error:  # no display, no OpenGL, an environment without pictures
-        print(f"No {path.name}: {env_name} cannot be drawn here ({error!r:.150}).")
+        print(f"No {path.name}: {env_name} cannot be drawn here ({reason(error)}).")
         return
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
     image = Summary.Image(encoded_image_string=path.read_bytes())
@@ -965,24 +971,25 @@ MAY_CHANGE = {  # what can be given anew with an old run
 }
 
 
-def json_object(text: str) -> dict:
+def JSON(text: str) -> dict:  # the name stands in argparse's sentence
     return json.loads(text)
 
 
 def parse(argv: list[str]) -> dict:
     """The options that were given; a wrong one ends in a sentence and exit status 2."""
     how = dict(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(**how)
+    parser = argparse.ArgumentParser(allow_abbrev=False, **how)
     old = parser.add_mutually_exclusive_group()
     old.add_argument("--resume", metavar="RUN", help="go on from its last.pt")
     old.add_argument("--evaluate", metavar="RUN", help="score its best.pt, or a file")
-    types = {int: float, dict: json_object}  # 3e5 is a whole number: see `check`
+    types = {int: float, dict: JSON}  # 3e5 is a whole number: see `check`
     for f in fields(Config):
-        default = getattr(Config(), f.name)
+        default, kind = getattr(Config(), f.name), types.get(f.type, f.type)
         note = f.metadata.get("note", "") + (f" (default: {default})" if default else "")
-        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
-        kind = types.get(f.type, f.type)
-        parser.add_argument(*names, dest=f.name, type=kind, help=note)
+        parser.add_argument(f"--{f.name}", type=kind, help=note)
+        if "_" in f.name:
+            dashed = f"--{f.name.replace('_', '-')}"
+            parser.add_argument(dashed, dest=f.name, type=kind, help=argparse.SUPPRESS)
     return vars(parser.parse_args(argv))
 
 

@@ -207,6 +207,20 @@ def speed_table() -> str:
     return table(["on " + numbers.pop("machine"), ""], list(map(list, numbers.items())))
 
 
+def printed() -> str:
+    """What `python aggrevated.py` prints of seed 0, from its validation episodes."""
+    points: dict[tuple, list[float]] = {}
+    for x in runs("evaluations")["aggrevated", None]["0"]:
+        when = x["policy"], int(x["iteration"]), int(x["env_steps"]), float(x["seconds"])
+        points.setdefault(when, []).append(float(x["return"]))
+    lines, (_, expert), *learner = [], *points.items()
+    for (_, n, env_steps, seconds), x in learner:
+        score = ag.describe(np.array(x), 300)
+        line = f"iteration {n:3d} {env_steps:8d} steps {seconds:5.0f} s  learner {score}"
+        lines.append(f"    {line}  expert {np.mean(expert[: len(x)]):.1f} ({len(x)} episodes)")
+    return "\n".join(lines)
+
+
 def noise_table() -> str:
     """hopper_noise.csv."""
     lines = np.genfromtxt(HERE / "hopper_noise.csv", delimiter=",", skip_header=1)
@@ -226,6 +240,7 @@ def tables() -> dict[str, str]:
         ends=ends_table(),
         differences=differences(),
         noise=noise_table(),
+        printed=printed(),
         speed=speed_table(),
     )
 
