@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from multiprocessing import get_context
@@ -104,18 +104,14 @@ def train_alone(file: Path, options: dict) -> float:
 
 
 def measure_program(options: dict) -> None:
-    """`python aggrevated.py` from the outside; memory counts a page of n processes once."""
+    """`python aggrevated.py` from the outside."""
     with TemporaryDirectory() as log_dir:
         argv = [f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]
         silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started, first, peak = time.perf_counter(), 0.0, 0
+        started, first = time.perf_counter(), 0.0
         process = subprocess.Popen([sys.executable, THIS, *argv], **silent)
         while process.poll() is None:
-            time.sleep(0.5)  # looking costs time of its own
-            with suppress(OSError, IndexError):  # of a process that ended just now
-                pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                texts = [Path(f"/proc/{x}/smaps_rollup").read_text() for x in (process.pid, *pids)]
-                peak = max(peak, sum(int(x.split("\nPss:")[1].split()[0]) for x in texts))
+            time.sleep(0.2)
             table = "".join(x.read_text() for x in Path(log_dir).glob("*/evaluations.csv"))
             first = first or (",learner," in table) * (time.perf_counter() - started)
         whole, training = time.perf_counter() - started, float(table.split(",")[-5])
@@ -123,7 +119,6 @@ def measure_program(options: dict) -> None:
     report("its training alone", training, "s")
     report("whole run over its training alone", whole / training)
     report("from the command to the learner's first point", first, "s")
-    report("peak memory of all processes", peak / 1024, "MiB")
 
 
 def main() -> None:

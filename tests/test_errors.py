@@ -21,7 +21,7 @@ import aggrevated
 from aggrevated import AggreVateDAgent, Config, SACExpert, UserError, make_env
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
-STRANGE, MOUNTAIN = "stranger_envs:Strange-v0", "MountainCarContinuous-v0"
+STRANGE, MOUNTAIN = "tiny_envs:Strange-v0", "MountainCarContinuous-v0"
 
 
 @pytest.fixture
@@ -135,13 +135,9 @@ BAD_EXPERTS = {
     "half": (truncate, DAMAGED),
     "empty": (lambda path: zipfile.ZipFile(path, "w").close(), DAMAGED),
     "PPO": (lambda path: make_sac(path, kind="PPO"), "kind of agent .PPO.*--expert_path"),
-    "DQN": (lambda path: make_sac(path, "CartPole-v1", "DQN"), "no SAC critics"),
     "TD3": (lambda path: make_sac(path, kind="TD3"), "no SAC critics"),
     "TQC": (lambda path: change_weights(path, like_tqc), "TQC.* no SAC critics; .*--expert_path"),
-    "another task's": (
-        lambda path: make_sac(path, MOUNTAIN),
-        "takes 2 observations, the task has 3; set --expert_path",
-    ),
+    "another task's": (lambda path: make_sac(path, MOUNTAIN), "2 observations, the task has 3; "),
     "code": (lambda path: change_weights(path, lambda *_: Bomb()), DAMAGED),
     "code, old": (lambda path: change_weights(path, lambda *_: Bomb(), False), DAMAGED),
 }
@@ -182,7 +178,7 @@ def test_expert_behind_vecnormalize_is_warned_of(place, expert, run_strange, tmp
     ("Solvable", 2.4, 1), ("Solvable", 2.6, 0), ("Negative", -0.15, 0), ("Strange", -9, 0)
 ])  # fmt: skip
 def test_poor_expert_is_warned_of_once(task, pay, poor, run_strange):
-    out = run_strange(dict(pay=pay), env_name=f"stranger_envs:{task}-v0").out
+    out = run_strange(dict(pay=pay), env_name=f"tiny_envs:{task}-v0").out
     assert out.count("iteration ") == 2 and out.count("expert itself is poor") == poor
     shares = dict(Solvable=["0%", "0%"], Negative=["100%", "100%"], Strange=[])
     assert re.findall(r"(\d+%) solved", out) == shares[task]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import runpy
 import subprocess
 import sys
@@ -106,16 +105,6 @@ def test_samples_are_sb3s_and_a_share_from_before_falls(n_rows, cut_at, cut_end,
     assert set(log.ravel()) == {"", *ENDS} and (ours.unpriced == -100).sum() > len(ours.falls)
 
 
-def test_torque_costs_what_the_environment_charges():
-    env = aggrevated.make_env("BipedalWalker-v3")
-    env.reset(seed=0)
-    action, shaping = np.float32([0.5, -1.0, 0.2, 0.0]), env.unwrapped.prev_shaping
-    plain = env.step(action)[1]
-    charged = env.unwrapped.prev_shaping - shaping - plain  # what is left is the torque's price
-    dear = train_sac.reprice(plain, action, False, -10.0, 3.0)
-    assert plain - dear == pytest.approx(2 * charged, rel=1e-4) and charged > 0
-
-
 class Slope(gym.Env):
     """Pays where it stands; beyond 0.8 it falls."""
 
@@ -136,31 +125,6 @@ class Slope(gym.Env):
 
 
 gym.register("Slope-v0", Slope, max_episode_steps=8)
-
-
-def test_a_terrain_is_tried_again_after_a_fall():
-    def play(n, fall):
-        for i in range(n):
-            env.reset(seed=None if i else seeds.pop())
-            env.step(np.float32([3 if fall else 1]))
-            yield env.terrain
-
-    env, seeds = train_sac.Retry(Slope()), [3, 2, 1, 0]
-    assert len(set(play(50, fall=True))) == 50  # before the late part no terrain comes again
-    env.retries = 3
-    (fallen,) = play(1, fall=True)
-    after = [*play(50, fall=False)]
-    assert after.count(fallen) == 3 and len(set(after)) == 50 - 3 + 1
-    assert max(after.index(fallen), 50 - after[::-1].index(fallen)) > 3  # fresh ones between them
-    assert 20 < len(set(play(100, fall=True))) < 80 and len(env.failed) == 50
-
-
-def test_the_monitor_records_the_true_return():
-    env = train_sac.build("Slope-v0", train_sac.Settings(n_envs=2, buffer_size=2), seed=0).get_env()
-    env.reset()
-    _, (first, *_), *_ = env.step(np.full((2, 1), 2.1))
-    *_, (reward, *_), (done, *_), (info, *_) = env.step(np.full((2, 1), 3.0))
-    assert done and reward == -100 and info["episode"]["r"] == pytest.approx(first - 100, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -192,31 +156,6 @@ def test_checkpoints_hold_the_mean_since_the_last_one_and_do_not_disturb(runs, e
     torch.testing.assert_close(state["average"], mean(weights[first:at]), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(state["last"], weights[at - 1], rtol=0, atol=0)
     torch.testing.assert_close(runs[20][1][-1], runs[40][1][-1], rtol=0, atol=0)
-
-
-def test_resuming_after_a_kill_goes_on_to_the_end(tmp_path, monkeypatch):
-    folder, script = tmp_path / "run", str(ROOT / "rl-trained-agents" / "train_sac.py")
-    options = [script, *OPTIONS, "--checkpoint_every=20", f"--run_dir={folder}", "--updates=9999"]
-    with subprocess.Popen([sys.executable, *options], stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (folder / "resume.pkl").exists():
-            time.sleep(0.01)
-        process.kill()
-    updates = 20 * len((folder / "evaluations.csv").read_text().splitlines())  # one more
-    monkeypatch.setattr(sys, "argv", [*options, f"--updates={updates}", "--resume"])
-    runpy.run_path(script, run_name="__main__")
-    log = np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True)
-    assert log["updates"].tolist() == list(range(20, updates + 1, 20))
-    assert set(np.diff(log["env_steps"])) <= {20, 21} and (np.diff(log["minutes"]) >= 0).all()
-
-
-def test_late_in_the_run_the_prices_change_in_all_that_is_stored(runs):
-    buffer = pickle.loads((runs[20][0] / "resume.pkl").read_bytes())["buffer"]
-    extra = buffer.unpriced - buffer.rewards
-    np.testing.assert_allclose(extra, 2 * 0.028 * np.abs(buffer.actions).sum(axis=2), atol=1e-5)
-    assert extra.max() > 0.01 and buffer.prices == (-40.0, 3.0)
-    stage = train_sac.Settings(torque_updates=20, late_updates=30).stage
-    stages = (-10.0, 1.0, 0), (-10.0, 4.0, 0), (-10.0, 4.0, 0), (-40.0, 4.0, 3)
-    assert tuple(map(stage, (19, 20, 29, 30))) == stages
 
 
 @mock.patch.dict(publish.HALF_TRAINED, max_iteration=1, K=1, H=20, update_sz=20)

@@ -19,14 +19,14 @@ import torch
 from conftest import ROOT, checkpoint, equal, evaluations, make_sac, only_run
 from PIL import Image, ImageSequence
 from stable_baselines3.common.evaluation import evaluate_policy
-from stranger_envs import colour
+from tiny_envs import colour
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import aggrevated
 from aggrevated import TEST, AggreVateDAgent, Config, load_policy, make_env
 
-STRANGE, RETURN = "stranger_envs:Strange-v0", "eval/episode_reward"
+STRANGE, RETURN = "tiny_envs:Strange-v0", "eval/episode_reward"
 TAGS = {"train/loss", "train/alpha", "train/q_gap", "rollout/episode_reward", "time/env_steps"}
 
 
@@ -128,7 +128,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
 
 
 def test_evaluate_scores_the_best_iterate(run_small, run_main, make_agent, tmp_path, monkeypatch):
-    task = dict(env_name="stranger_envs:Negative-v0")
+    task = dict(env_name="tiny_envs:Negative-v0")
     monkeypatch.setattr(AggreVateDAgent, "best_iterate", lambda agent: 1)
     run = run_small("logs", **task)
     before, file = list(run.rglob("*")), shutil.copy(run / "best.pt", tmp_path / "policy file.pt")
@@ -239,7 +239,7 @@ def test_printed_commands_can_be_pasted_with_spaces(run_main, small, tmp_path, m
     (tmp_path / "my own").mkdir()
     monkeypatch.chdir(tmp_path / "my own")
     monkeypatch.setattr(sys, "argv", [script := "../a b/aggrevated.py"])
-    task = dict(env_name="stranger_envs:Pendulum-v1", expert_path="")
+    task = dict(env_name="tiny_envs:Pendulum-v1", expert_path="")
     out = run_main(**small(log_dir="my logs", **task)).out
     run = only_run(Path("my logs"))
     assert command(out, "score") == ["python", script, "--evaluate", str(run)]

@@ -1,16 +1,19 @@
-"""The study: its page is what its numbers say, and its rows can be run, killed and gone on with."""
+"""README, cards and study: they say what code and numbers say, and rows can be gone on with."""
 
+import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import common
 import draw
 import study
-from aggrevated import AggreVateDAgent, Config
+from aggrevated import AggreVateDAgent, Config, load_policy
 
+README, STUDY = (ROOT / "README.md").read_text(), ROOT / "logs/reference"
 TINY = dict(env_name="Pendulum-v1", K=2, H=40, max_iteration=3, eval_every=1, eval_episodes=2)
 TINY |= dict(hidden_dim=16, update_sz=100, batch_sz=32)
 
@@ -42,13 +45,11 @@ def test_page_is_printed_from_the_committed_numbers():
 
 
 def test_rows_are_legal():
-    allowed = "name expert options seeds terrains keep episodes start_from script".split()
     for name, row in common.ROWS.items():
         config = Config(**common.options_of(name)).check()
-        assert set(row) <= set(allowed) and set(row.get("keep", [])) <= set(row.get("seeds", []))
+        assert set(row.get("keep", [])) <= set(row.get("seeds", []))
         assert not config.expert_path.startswith("/") and not config.init_path
         assert common.expert_of(common.expert_of(name)) == common.expert_of(name)
-        assert row.get("start_from", name) in common.ROWS
         assert set(row.get("terrains", [])) <= set(common.TERRAINS)
     assert len(common.PRINTED["main"]) <= 10
 
@@ -75,14 +76,44 @@ def test_killed_row_goes_on_and_a_finished_one_is_not_run_again(place, monkeypat
     study.run_row("tiny", terrains="validation")
 
 
-def test_writers_at_once_lose_nothing_and_a_repetition_replaces_what_it_repeats(place):
-    lines = [("tiny", seed, "best", "test", i, 1.5, 9, "") for seed in range(6) for i in range(30)]
-    with ThreadPoolExecutor(6) as pool:  # flock is between open files, whoever has them
-        list(pool.map(lambda s: common.merge("returns", lines[30 * s : 30 * s + 30]), range(6)))
-    common.merge("returns", [("tiny", 3, "best", "test", 0, 2.5, 9, "pit")])
-    merged = common.read("returns")
-    expected = [seed for seed in range(6) for _ in range(30 - 29 * (seed == 3))]
-    assert [int(x["seed"]) for x in merged] == expected
-    assert [x["return"] for x in merged if x["seed"] == "3"] == ["2.5"]
-    with common.lock(place / "a") as held, common.lock(place / "a", wait=False) as free:
-        assert held and not free
+def test_documented_options_exist():
+    commands = re.findall(r"python aggrevated\.py([^#\n]*)", README.replace("\\\n", " "))
+    options = re.findall(r"\s--([\w-]+)", "\n".join(commands)) + re.findall(r"`--([\w-]+)", README)
+    known = asdict(Config()).keys() | {"resume", "evaluate", "help"}
+    assert len(commands) > 3 and set(options) <= known
+
+
+def test_named_files_exist():
+    paths = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README)
+    paths += re.findall(r"`((?:tests|logs/reference|rl-trained-agents)/[\w./-]+|\w+\.py)`", README)
+    folders = ROOT, ROOT / "tests", ROOT / "rl-trained-agents", STUDY / "scripts"
+    missing = [x for x in paths if "ENV" not in x and not any((d / x).exists() for d in folders)]
+    assert len(paths) > 5 and not missing
+
+
+def test_tensorboard_shows_one_run_of_ours():
+    shown = {p.parent.relative_to(STUDY) for p in STUDY.glob("[!.]*/**/events.*")}
+    assert {str(p) for p in shown} == {"aggrevated_s0", "aggrevated_s0/expert"}
+
+
+def test_readme_has_the_tables_and_the_numbers_of_the_study():
+    assert all(draw.tables()[name] in README for name in ("main", "others", "printed"))
+    page = (STUDY / "README.md").read_text()
+    intervals = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)", " ".join(README.split()))
+    assert len(intervals) > 15 and all(x in page for x in intervals)
+
+
+@pytest.mark.parametrize("row", ["aggrevated", "thorough", "past_expert"])
+def test_committed_policy_has_the_committed_score(row):
+    policy, returns = load_policy(STUDY / "policies" / f"{row}_s0.pt"), draw.returns(row)[0]
+    played = [x for _, x, *_ in common.play(row, "test", policy, 6)]
+    assert abs(np.mean(played) - returns.mean()) < 3 * returns.std() / 6**0.5
+
+
+def test_cards_have_the_scores_of_the_agents():
+    cards = (ROOT / "rl-trained-agents/README.md").read_text()
+    for path in (ROOT / "rl-trained-agents/sac").glob("*/score.json"):
+        card = json.loads(path.read_text())
+        mean, error = card["score"]["mean"], card["score"]["standard_error"]
+        assert f"| {path.parent.name} | {mean:.1f} ± {error:.1f} |" in cards, path
+        assert card["sha256"][:16] in cards, path

@@ -102,12 +102,12 @@ def obstacle(stream: tuple, actions: np.ndarray) -> str:
     return min(near)[1]
 
 
-def play(row: str, terrains: str, policy=None) -> list[tuple]:
+def play(row: str, terrains: str, policy=None, most=500) -> list[tuple]:
     """(episode, return, length, ended_at) of a policy's mean action, by default the expert's."""
     agent = ag.AggreVateDAgent(ag.Config(**options_of(row), n_workers=1, device="cpu"))
     c, players, played = agent.config, pickle.dumps((policy, agent.expert)), []
     episodes, alpha = ROWS[expert_of(row)].get("episodes", 500), float(policy is None)
-    for i in trange(min(episodes, 300 if terrains == "validation" else 500), desc=row):
+    for i in trange(min(episodes, 300 if terrains == "validation" else most), desc=row):
         stream = TERRAINS[terrains], i
         t = ag.roll_in(players, c.env_name, c.env_kwargs, alpha, 0.0, agent.horizon, stream)
         total = float(t.rewards.sum())
