@@ -48,6 +48,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # what must be set before numpy and CUDA are loaded
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while they are loaded: end at once
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a roll-in worker has one core
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
 import gymnasium as gym
@@ -627,8 +628,9 @@ class AggreVateDAgent:
         env, name = make_env(c.env_name, **c.env_kwargs), c.env_name.split(":")[-1]
         self.horizon = env.spec.max_episode_steps or c.H  # of an evaluation [steps]
         self.threshold = env.spec.reward_threshold  # from where on it is solved, or None
-        zoo = Path(__file__).resolve().parent / "rl-trained-agents/sac"
-        self.expert_path = Path(c.expert_path or zoo / f"{name}_1/{name}.zip")
+        home = Path(__file__).resolve().parent
+        given = Path(c.expert_path or home / f"rl-trained-agents/sac/{name}_1/{name}.zip")
+        self.expert_path = given if given.exists() else home / given  # wherever one stands
         spaces = env.observation_space, env.action_space
         self.expert = SACExpert(self.expert_path, *spaces, self.device)
         self.policy = PolicyNetwork(*spaces, c.hidden_dim).to(self.device)
@@ -788,7 +790,9 @@ class AggreVateDAgent:
         score, its = describe(learner, threshold), f"{same.mean():.1f} ({len(same)} episodes)"
         tqdm.write(f"{now}  learner {score}  expert {its}")
         if n == 1 and threshold and expert.mean() < threshold - abs(threshold) / 2:
-            tqdm.write(f"warning: the expert itself is poor; solved is {threshold:g}")
+            tqdm.write(
+                f"warning: the expert itself is poor, {threshold:g} is solved; is it the right one?"
+            )
         return learner, same
 
     def save(self, path: Path, **more) -> None:
@@ -980,8 +984,8 @@ def parse(argv: list[str]) -> dict:
     how = dict(usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(allow_abbrev=False, **how)
     old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", metavar="RUN", help="go on from its last.pt")
-    old.add_argument("--evaluate", metavar="RUN", help="score its best.pt, or a file")
+    old.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
+    old.add_argument("--evaluate", metavar="RUN", help="run folder or policy file to score")
     types = {int: float, dict: JSON}  # 3e5 is a whole number: see `check`
     for f in fields(Config):
         default, kind = getattr(Config(), f.name), types.get(f.type, f.type)

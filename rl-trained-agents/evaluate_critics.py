@@ -25,7 +25,7 @@ from tqdm import trange
 from train_sac import FALL, reprice
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aggrevated import AggreVateDAgent, Config, SACExpert, make_env, read_sac_zip
+from aggrevated import AggreVateDAgent, Config, SACExpert, UserError, make_env, read_sac_zip
 
 N_ENVS, NOISE = 64, (0.0, 0.1, 0.2, 0.4)  # standard deviations, one an episode; actions in [-1, 1]
 BATCH, FALL_SHARE, FALL_WINDOW = 256, 0.4, 120  # 40 % of a batch is from the steps before falls
@@ -116,17 +116,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("zip", type=Path, help="a SAC agent of Stable-Baselines3")
     parser.add_argument("--out", type=Path, required=True, help="the zip to write")
-    parser.add_argument("--env_name", default="BipedalWalkerHardcore-v3")
-    parser.add_argument("--env_kwargs", type=json.loads, default={}, help="JSON")
+    hardcore = "BipedalWalkerHardcore-v3"
+    parser.add_argument("--env_name", default=hardcore, help="the agent's task (%(default)s)")
+    parser.add_argument("--env_kwargs", type=json.loads, default={}, help="JSON for gym.make")
     parser.add_argument("--fall_reward", type=float, help="for a last reward of -100 or less")
     for name, default in dict(steps=1_500_000, updates=80_000, seed=0).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("zip", "out")}
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    env = make_vec_env(partial(make_env, args.env_name, **args.env_kwargs), N_ENVS, args.seed)
-    expert = SACExpert(args.zip, env.observation_space, env.action_space)
+    try:
+        env = make_vec_env(partial(make_env, args.env_name, **args.env_kwargs), N_ENVS, args.seed)
+        expert = SACExpert(args.zip, env.observation_space, env.action_space)
+    except UserError as error:
+        parser.error(f"{error}".replace("set --expert_path to", "check --env_name, or give"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data = play(expert, env, args.steps, args.seed)
     data["reward"] = reprice(data["reward"], data["action"], data["fell"], args.fall_reward)

@@ -248,7 +248,8 @@ def test_printed_commands_can_be_pasted_with_spaces(run_main, small, tmp_path, m
     assert checkpoint(run / "best.pt")["config"]["expert_path"] == ""
     run = run.resolve()
     monkeypatch.chdir(tmp_path)
-    assert run_main("--evaluate", run).status == 0
+    for path in ("", "rl-trained-agents/sac/Pendulum-v1_1/Pendulum-v1.zip"):  # beside the program
+        assert run_main("--evaluate", run, expert_path=path).status == 0
     monkeypatch.setattr(AggreVateDAgent, "evaluate", lambda *x, **k: signal.raise_signal(2))
     result = run_main("--evaluate", run)  # is not to be resumed
     assert result.status == 130 and "None" not in result.out and "--resume" not in result.out

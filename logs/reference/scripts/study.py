@@ -10,7 +10,7 @@ terrains (100 if the task is not Hardcore) by their mean actions, the same for e
 `--terrains validation` are 300 others, for choosing settings.
 
 What is there is not done again.  A run that was killed goes on from its last checkpoint in
-.runs/ROW_sSEED, and several processes may work at the same rows.
+.runs/ROW_sSEED beside aggrevated.py, and several processes may work at the same rows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common import HERE, ROOT, ROWS, TERRAINS, ag, expert_of, lock, merge, missi
 from common import score
 import torch
 
-RUNS = HERE / ".runs"
+RUNS = ROOT / ".runs"  # not below logs/, where TensorBoard would find them
 
 
 def is_finished(path: Path, options: dict) -> bool:
@@ -116,5 +116,7 @@ if __name__ == "__main__":
         if args.list:
             lacks = [f"{seed} {t}".strip() for seed, t in missing(row, args.seeds, args.terrains)]
             print(f"{row:22s} {', '.join(lacks) or 'complete'}")
-        else:
+        elif missing(row, args.seeds, args.terrains):
             run_row(row, args.seeds, args.terrains)
+        else:
+            print(f"{row} is complete; to run it again, delete its lines in returns.csv")
