@@ -73,6 +73,7 @@ VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every ru
 TEST = 16  # + (i,): terrain of test episode i, on which nothing is ever chosen
 
 FORMAT = 2  # of checkpoints: a new number when the same weights would act otherwise
+LOG_STD_MIN, LOG_STD_MAX = -2.0, -1.0  # lower: huge gradients; higher: noisy roll-ins
 INPUT_BOUND = 10.0  # clips standardised inputs that were constant in the first data
 EARLY = 3  # first iterations, where the return rises: a short evaluation after each
 
@@ -114,9 +115,7 @@ class Config:
     env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id, or module:id")
     env_kwargs: dict = option({}, "more for gym.make, as JSON")
     expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/ENV_1/ENV.zip")
-    algorithm: str = option(
-        "aggrevated", "bc, dagger, aggrevate, aggrevated, score, minmax or reinforce"
-    )
+    algorithm: str = option("aggrevated", "bc dagger aggrevate aggrevated score minmax reinforce")
     optimizer: str = option("adam", "adam or natural", choices=("adam", "natural"))
     init_path: str = option("", "run or policy file to start from; none: at random")
     seed: int = option(0, "decides all that is random", 0, 2**32)
@@ -172,8 +171,6 @@ class PolicyNetwork(nn.Module):
     log-probabilities (N, 1), with respect to those units.
     """
 
-    log_std_min, log_std_max = -2.0, -1.0  # lower: huge gradients; higher: noisy roll-ins
-
     def __init__(self, observation_space, action_space, hidden_dim):
         super().__init__()
         low, high = torch.tensor(np.array([action_space.low, action_space.high]))
@@ -198,7 +195,7 @@ class PolicyNetwork(nn.Module):
         x = gelu(self.fc1(x), approximate="tanh")
         x = gelu(self.fc2(x), approximate="tanh")  # relu's fit takes twice the updates
         fraction = torch.sigmoid(self.log_std(x))  # a clamp's gradient would die
-        log_std = self.log_std_min + fraction * (self.log_std_max - self.log_std_min)
+        log_std = LOG_STD_MIN + fraction * (LOG_STD_MAX - LOG_STD_MIN)
         return self.mean(x), log_std.exp()
 
     def predict(self, state):
@@ -206,11 +203,9 @@ class PolicyNetwork(nn.Module):
         return self.offset + self.scale * torch.tanh(self(state)[0])
 
     def sample(self, state):
-        """A reparameterised sample and its log-probability."""
+        """An action drawn from pi(. | state)."""
         mean, std = self(state)
-        u = mean + std * torch.randn_like(mean)
-        action = self.offset + self.scale * torch.tanh(u)
-        return action, self.get_log_prob(state, action)
+        return self.offset + self.scale * torch.tanh(mean + std * torch.randn_like(mean))
 
     def get_log_prob(self, state, action):
         """log pi(action | state): a Gaussian's in u, less log |da/du|."""
@@ -239,16 +234,15 @@ class NumpyPolicy:
     def act(self, state, noise=None):
         """The action of u = mean + std * noise, gelu as above: one state or a batch."""
         w = self.w
-        x = (state - w["state_mean"]) / w["state_std"]
-        x = x.clip(-INPUT_BOUND, INPUT_BOUND)
+        x = ((state - w["state_mean"]) / w["state_std"]).clip(-INPUT_BOUND, INPUT_BOUND)
         for layer in ("fc1", "fc2"):
             x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
             x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # sqrt(2/pi)
         u = x @ w["mean.weight"].T + w["mean.bias"]
         if noise is not None:
             fraction = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
-            low, high = PolicyNetwork.log_std_min, PolicyNetwork.log_std_max
-            u = u + np.exp(low + fraction * (high - low)) * np.float32(noise)
+            log_std = LOG_STD_MIN + fraction * (LOG_STD_MAX - LOG_STD_MIN)
+            u = u + np.exp(log_std) * np.float32(noise)
         return w["offset"] + w["scale"] * np.tanh(u)
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
@@ -269,17 +263,14 @@ def layer_sizes(weights: dict, prefix: str) -> list[int]:
 
 
 def read_sac_zip(path) -> tuple[dict, dict]:
-    """Weights and settings of an SB3 SAC agent; UserError unless it is one.
-
-    Nothing in the file can run code: torch reads weights only, and the rest is plain JSON.
-    """
+    """Weights and settings of an SB3 SAC agent, no code; UserError unless it is one."""
     if not Path(path).exists():
         raise UserError(f"There is no {path}; {OTHER_EXPERT}.")
     with user_error_if(BAD_FILE, f"{path} is damaged or no SB3 agent; {OTHER_EXPERT}"):
-        with zipfile.ZipFile(path) as archive:
-            with archive.open("policy.pth") as pth:
-                weights = torch.load(pth, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as pth:
+            weights = torch.load(pth, map_location="cpu", weights_only=True)
             data = json.loads(archive.read("data"))
+        data["gamma"] = float(data["gamma"])
     one_output = layer_sizes(weights, "critic.qf0.")[-1:] == [1]  # TQC's critics have 25
     if "actor.latent_pi.0.weight" not in weights or not one_output:
         kind = "another kind of agent (PPO, DQN, TD3, TQC?), no SAC critics"
@@ -300,22 +291,21 @@ class SACExpert:
         kwargs = data.get("policy_kwargs") or {}  # "activation_fn": "<class '...ReLU'>"
         activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
         pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
-        n_critics = len({k.split(".")[1] for k in weights if k.startswith("critic.qf")})
         how = dict(
             net_arch=dict(pi=pi, qf=qf[:-1]),
             activation_fn=getattr(nn, activation),
             use_sde=bool(data.get("use_sde")),
             clip_mean=float(kwargs.get("clip_mean", 2.0)),
-            n_critics=n_critics,
+            n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
         )
-        given, (needed,) = weights["actor.latent_pi.0.weight"].shape[1], observation_space.shape
+        needed, given = observation_space.shape[0], weights["actor.latent_pi.0.weight"].shape[1]
         if given != needed:
             sizes = f"{path} takes {given} observations, the task has {needed}"
             raise UserError(f"{sizes}; {OTHER_EXPERT}.")
         policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
         with user_error_if(RuntimeError, f"{path} does not fit the task; {OTHER_EXPERT}"):
             policy.load_state_dict(weights)
-        self.gamma, self.evaluated = float(data["gamma"]), data.get("critics_evaluated")
+        self.gamma, self.evaluated = data["gamma"], data.get("critics_evaluated")
         policy.requires_grad_(False)
         self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu)
         self.critic = policy.critic.to(device)
@@ -344,8 +334,7 @@ class SACExpert:
     @torch.no_grad()
     def critics(self, state, action):
         """Q_i(s, a) (..., number of critics)."""
-        low = torch.as_tensor(self.low, device=action.device)
-        high = torch.as_tensor(self.high, device=action.device)
+        low, high = torch.tensor(np.array([self.low, self.high]), device=action.device)
         scaled = 2 * (action - low) / (high - low) - 1  # the critics know no other units
         x = torch.cat([state, scaled], dim=-1)
         return torch.cat([q(x) for q in self.critic.q_networks], dim=-1)
@@ -384,32 +373,24 @@ def terrain_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**31))
 
 
-def mixed_policy(learner, expert, state, alpha, noise_scale, rng):
-    """With probability alpha the expert's action, else the learner's with its noise."""
-    if rng.random() < alpha:
-        return expert.predict(state)
-    return learner.act(state, noise_scale * rng.standard_normal(len(expert.low)))
-
-
 def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, stream):
-    """One Trajectory of the mixture; the stream seeds its terrain, mixture and noise.
-
-    `players` are learner and expert, pickled: torch would send tensors as shared memory.
-    """
+    """One Trajectory of the mixture; the stream seeds its terrain, mixture and noise."""
     learner, expert = pickle.loads(players)
     env = make_env(env_name, **env_kwargs)  # Box2D's worlds keep traces over a reset
     space, rng = env.action_space, np.random.default_rng(stream)
-    state, _ = env.reset(seed=terrain_seed(rng))
+    observation, _ = env.reset(seed=terrain_seed(rng))
     steps = []
     for _ in range(horizon):
-        state = np.asarray(state, dtype=np.float32)
+        state = np.asarray(observation, dtype=np.float32)
         if not np.isfinite(state).all():
             raise UserError(f"{env_name} gave a NaN or infinite observation; mend it.")
-        action = mixed_policy(learner, expert, state, alpha, noise_scale, rng)
-        legal = action.clip(space.low, space.high).astype(space.dtype)  # of rounding
-        following, reward, terminated, truncated, _ = env.step(legal)
+        if rng.random() < alpha:  # the mixture
+            action = expert.predict(state)
+        else:
+            action = learner.act(state, noise_scale * rng.standard_normal(space.shape))
+        legal = action.clip(space.low, space.high).astype(space.dtype)  # rounding may leave it
+        observation, reward, terminated, truncated, _ = env.step(legal)
         steps.append((state, action, np.asarray(reward).item()))
-        state = following
         if terminated or truncated:
             break
     env.close()
@@ -442,7 +423,7 @@ def standardise(x):
 
 
 def normalize_q_star(q_star):
-    """The first script's weights: Q* of what was done, shifted and scaled to [0, 1]."""
+    """Q*, shifted and scaled to [0, 1]."""
     return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
 
 
@@ -469,8 +450,7 @@ def improved_action(agent, state):
     c, improved, a_star = agent.config, [], expert_action(agent, state)
     if c.candidates == 1 or not agent.expert.evaluated:
         return a_star
-    pieces = zip(state.split(128), a_star.split(128), strict=True)  # for the CPU's cache
-    for s, a in pieces:
+    for s, a in zip(state.split(128), a_star.split(128), strict=True):  # for the CPU's cache
         noise = c.candidate_noise * torch.randn(c.candidates, *a.shape).to(agent.device)
         noise[0] = 0  # the first candidate is a* itself
         action = agent.policy.clip_to_range(a + agent.policy.scale * noise, 1.0)
@@ -489,7 +469,7 @@ def imitate(agent, data):
 
 
 def imitate_by_gap(agent, data, action=None):
-    """The expert's action, the more the worse another, else the learner's own, is there."""
+    """The expert's action by `gap_weights` of another one, by default the learner's own."""
     c, target = agent.config, agent.policy.clip_to_range(data["expert_action"])
     q = agent.get_q_star(data["state"], action)
     weight = gap_weights(data["q_expert"], q, c.gap_factor, c.gap_cut)
@@ -497,7 +477,7 @@ def imitate_by_gap(agent, data, action=None):
 
 
 def imitate_by_executed_gap(agent, data):
-    """The expert's action, the more the worse the executed one was."""
+    """The expert's action by `gap_weights` of the executed one."""
     return imitate_by_gap(agent, data, data["action"])
 
 
@@ -505,17 +485,17 @@ def imitate_by_executed_gap(agent, data):
 def score_function(agent, data):
     """The paper's gradient: the learner's own samples by Q* less its mean over two of them.
 
-    Exact for a natural step or a single minibatch; later ones have moved theta since.
+    On-policy in a natural step or a single minibatch; later ones have moved theta since.
     """
     state = data["state"].repeat(2, 1)
-    action, _ = agent.policy.sample(state)
+    action = agent.policy.sample(state)
     q = agent.get_q_star(state, action).view(2, -1, 1)  # (sample, state, 1)
     advantage = standardise((q - q.mean(dim=0)).view(-1, 1))
     return state, action, advantage.clamp(-5, 5)  # one state cannot outweigh a minibatch
 
 
 def min_max(agent, data):
-    """The executed action by its own Q*, as the first script did."""
+    """The executed action by its own Q*: it also repeats what was bad everywhere."""
     weight = normalize_q_star(agent.get_q_star(data["state"], data["action"]))
     return data["state"], agent.policy.clip_to_range(data["action"]), weight
 
@@ -563,11 +543,10 @@ def mean_kl(old, new) -> torch.Tensor:
     return kl_divergence(Normal(*old), Normal(*new)).sum(dim=1).mean()
 
 
-def conjugate_gradient(A: Callable, b, iterations=CG_ITERATIONS) -> torch.Tensor:
+def conjugate_gradient(A: Callable, b) -> torch.Tensor:
     """An approximate x with A(x) = b, for a symmetric positive definite product A."""
-    x, r = torch.zeros_like(b), b
-    p = r
-    for _ in range(iterations):
+    x, r, p = torch.zeros_like(b), b, b
+    for _ in range(CG_ITERATIONS):
         rr, Ap = r @ r, A(p)
         if rr < 1e-20:  # solved
             break
@@ -593,21 +572,15 @@ def natural_step(policy, loss_of: Callable, state, kl_step: float):
     step = conjugate_gradient(fisher, -gradient)
     curvature = (step @ fisher(step)).clamp(min=1e-12)
     step *= (2 * kl_step / curvature).sqrt()  # KL is about step' I step / 2
-    line_search(policy, loss_of, state, step, kl_step)
+    with torch.no_grad():  # halve it until the KL is right and the loss falls
+        old, start = policy(state), parameters_to_vector(parameters)
+        for halving in range(HALVINGS):
+            vector_to_parameters(start + 0.5**halving * step, parameters)
+            small = mean_kl(old, policy(state)) <= 1.5 * kl_step  # it is quadratic only nearly
+            if small and loss_of() < loss:
+                return loss.detach()
+        vector_to_parameters(start, parameters)  # or take none
     return loss.detach()
-
-
-@torch.no_grad()
-def line_search(policy, loss_of: Callable, state, step, kl_step: float) -> None:
-    """Halve the step until the KL is right and the loss falls, or take none."""
-    old, loss, parameters = policy(state), loss_of(), list(policy.parameters())
-    start = parameters_to_vector(parameters)
-    for halving in range(HALVINGS):
-        vector_to_parameters(start + 0.5**halving * step, parameters)
-        small = mean_kl(old, policy(state)) <= 1.5 * kl_step  # it is quadratic only nearly
-        if small and loss_of() < loss:
-            return
-    vector_to_parameters(start, parameters)
 
 
 # == 7. The agent ======================================================================
@@ -620,6 +593,7 @@ class AggreVateDAgent:
 
     def __init__(self, config: Config, start: dict | None = None, resume=False):
         self.config = c = config.check()
+        self.member = FAMILY[c.algorithm]
         torch.set_num_threads(1)  # until the workers are forked
         cuda = torch.cuda.is_available() and c.device == "auto"
         self.device = torch.device("cuda" if cuda else "cpu")
@@ -655,6 +629,7 @@ class AggreVateDAgent:
     def simulate(self, streams: list, alpha, noise_scale, horizon, bar=None):
         """A list of `roll_in`'s trajectories, one a stream, played by all workers."""
         c = self.config
+        # pickled once for all; torch would send an expert's tensors as shared memory
         players = pickle.dumps((NumpyPolicy(self.policy.state_dict()), self.expert))
         how = players, c.env_name, c.env_kwargs, alpha, noise_scale, horizon
         run = self.pool.map if c.n_workers > 1 else map  # a single one: this process
@@ -683,14 +658,15 @@ class AggreVateDAgent:
         }
         arrays = {k: np.concatenate(x, dtype=np.float32) for k, x in columns.items()}
         data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
-        label = FAMILY[self.config.algorithm].label
-        data["expert_action"] = label(self, data["state"])  # perhaps improved by its critics
+        data["expert_action"] = self.member.label(
+            self, data["state"]
+        )  # perhaps improved by its critics
         data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
         return data
 
     def keep(self, new: dict[str, torch.Tensor]) -> None:
         """Append the new data and drop the oldest, or replace all of them."""
-        old = self.experience if FAMILY[self.config.algorithm].keeps_data else {}
+        old = self.experience if self.member.keeps_data else {}
         joined = {k: torch.cat([old.get(k, x[:0]), x]) for k, x in new.items()}
         limit = self.config.max_experience_len
         self.experience = {k: x[-limit:] for k, x in joined.items()}
@@ -702,7 +678,7 @@ class AggreVateDAgent:
     def update(self, state, target, weight) -> float:
         """Draw `update_sz` transitions and step theta by them (line 5): the mean loss."""
         c = self.config
-        if FAMILY[c.algorithm].keeps_data:
+        if self.member.keeps_data:
             probability = weight[:, 0].double().cpu()  # less noise than weights in the loss
             drawn = torch.multinomial(probability, c.update_sz, replacement=True)
             weight = torch.ones_like(weight)  # each draw counts the same
@@ -722,8 +698,7 @@ class AggreVateDAgent:
         n_batches = c.train_repeat * math.ceil(n / c.batch_sz)
         for _ in range(c.train_repeat):
             for rows in torch.randperm(n).to(self.device).split(c.batch_sz):
-                left = 1 - len(losses) / n_batches
-                self.optimizer.param_groups[0]["lr"] = c.lr * left
+                self.optimizer.param_groups[0]["lr"] = c.lr * (1 - len(losses) / n_batches)
                 loss = self.loss(*(x[rows] for x in data))
                 losses.append(loss.detach())
                 self.optimizer.zero_grad()
@@ -757,20 +732,19 @@ class AggreVateDAgent:
                 returns[n] = np.append(returns.get(n, []), episode_return)
         return returns
 
-    def best_iterate(self) -> int:
-        """The latest iterate within two standard errors of the one with the highest mean.
+    def is_best(self) -> bool:
+        """Whether this iterate is within two standard errors of the one with the highest mean.
 
         Differences and their errors are paired, on the same terrains: the highest mean of
         20 episodes is often luck.  Short evaluations count only while there is no other.
         """
-        learner, episodes = self.returns_of("learner"), self.config.eval_episodes
-        whole = {n: x for n, x in learner.items() if len(x) == episodes}
-        if not whole:
-            return max(learner)
-        best = max(whole.values(), key=np.mean)
-        behind = {n: mean_and_error(best - x) for n, x in whole.items()}
-        # of a single episode the error is NaN, and the latest iterate is kept
-        return max(n for n, (mean, error) in behind.items() if not mean > 2 * error)
+        returns, episodes = self.returns_of("learner"), self.config.eval_episodes
+        own = returns[self.iteration]
+        whole = [x for x in returns.values() if len(x) == episodes]
+        if len(own) < episodes:
+            return not whole
+        mean, error = mean_and_error(max(whole, key=np.mean) - own)
+        return not mean > 2 * error  # of a single episode the error is NaN
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
@@ -783,7 +757,7 @@ class AggreVateDAgent:
         np.savetxt(run_dir / "evaluations.tmp", table, "%s", ",")
         os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
         learner, (expert,) = self.returns_of("learner")[n], self.returns_of("expert").values()
-        if n == self.best_iterate():
+        if self.is_best():  # the latest one stays
             self.save(run_dir / "best.pt", score=float(learner.mean()))
         same = expert[: len(learner)]  # terrains
         now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:5.0f} s"
@@ -811,7 +785,8 @@ class AggreVateDAgent:
     def load(self, state: dict, resume: bool) -> None:
         """Take a checkpoint's policy, or all of it to resume; UserError if it does not fit."""
         bounds = dict(scale=self.policy.scale, offset=self.policy.offset)  # of the task
-        with user_error_if(RuntimeError, "The policy's sizes differ; check the environment"):
+        mend = "check --hidden_dim and --env_name"
+        with user_error_if(RuntimeError, f"The policy's sizes differ; {mend}"):
             self.policy.load_state_dict(state["policy"] | bounds)
         if resume:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -823,12 +798,11 @@ class AggreVateDAgent:
     def train(self, run_dir: Path) -> None:
         """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
-        member = FAMILY[c.algorithm]
         writer, expert_writer = open_logs(run_dir, c, first)
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             started = time.perf_counter()
             torch.manual_seed(int(np.random.default_rng((UPDATE, c.seed, n)).integers(2**62)))
-            alpha = decay_alpha(member.alpha, n, c.alpha_decay_iterations)
+            alpha = decay_alpha(self.member.alpha, n, c.alpha_decay_iterations)
             streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
             trajectories = self.simulate(streams, alpha, c.roll_in_noise, c.H)
             new = self.label(trajectories)
@@ -836,7 +810,7 @@ class AggreVateDAgent:
                 self.policy.standardise_inputs(new["state"])
             gap = new["q_expert"] - self.get_q_star(new["state"])  # for the log
             self.keep(new)
-            targets = member.targets_and_weights(self, self.experience)
+            targets = self.member.targets_and_weights(self, self.experience)
             loss = self.update(*targets)
             self.iteration, self.env_steps = n, self.env_steps + len(new["state"])
             self.seconds += time.perf_counter() - started
@@ -908,10 +882,7 @@ def make_run_dir(c: Config) -> Path:
 
 
 def load_checkpoint(path) -> dict:
-    """Contents of a checkpoint, best.pt of a run folder; no code in it is run.
-
-    Raises UserError unless it is one, of this format.
-    """
+    """A checkpoint, of a run folder best.pt; no code is run; UserError unless it is one."""
     path = Path(path)
     if (path / "last.pt").exists() and not (path / "best.pt").exists():
         raise UserError(f"{path} was stopped before it was evaluated; --resume it.")
@@ -921,8 +892,8 @@ def load_checkpoint(path) -> dict:
     errors = *BAD_FILE, TypeError  # of a Config with other fields
     with user_error_if(errors, f"{path} is damaged or of another program; give another"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("format") != FORMAT:
-            raise ValueError(f"format {state.get('format')}, not {FORMAT}: train anew")
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}, not {FORMAT}: train anew")
         state["config"] = Config(**state["config"])
     return state
 
@@ -934,9 +905,8 @@ def load_policy(path) -> NumpyPolicy:
 
 def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
     """Every fifth step of the first validation episode, with step and return."""
-    episode, frames = agent.evaluate(n_episodes=1)[0], []
-    kwargs = agent.config.env_kwargs | dict(render_mode="rgb_array")
-    env = make_env(agent.config.env_name, **kwargs)
+    c, episode, frames = agent.config, agent.evaluate(n_episodes=1)[0], []
+    env = make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
     env.reset(seed=terrain_seed(np.random.default_rng((VALIDATION, 0))))
     for t, action in enumerate(episode.actions):
         if t % 5 == 0:
@@ -946,7 +916,7 @@ def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
             ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=24)
             frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
         space = env.action_space
-        env.step(np.clip(action, space.low, space.high).astype(space.dtype))
+        env.step(action.clip(space.low, space.high).astype(space.dtype))
     env.close()
     return frames
 
@@ -1004,20 +974,19 @@ def open_agent(options: dict) -> AggreVateDAgent:
     if mode is None:
         config = Config(**changes).check()
         state = load_checkpoint(config.init_path) if config.init_path else None
-    else:
-        fixed = sorted(changes.keys() - MAY_CHANGE[mode])
-        if fixed:
-            can = ", ".join(sorted(MAY_CHANGE[mode]))
-            raise UserError(f"--{fixed[0]} cannot change with --{mode}; what can: {can}.")
-        path = Path(options[mode])
-        state = load_checkpoint(path / "last.pt" if mode == "resume" else path)
-        config = replace(state["config"], **changes).check()
-        if mode == "resume" and state["iteration"] >= config.max_iteration:
-            made = f"{path} has made its {state['iteration']} iterations"
-            raise UserError(f"{made}; a larger --max_iteration makes more.")
-    agent = AggreVateDAgent(config, state, mode == "resume")
-    if mode == "evaluate":
-        agent.iteration = state["iteration"]  # to say what is scored
+        return AggreVateDAgent(config, state)
+    fixed = sorted(changes.keys() - MAY_CHANGE[mode])
+    if fixed:
+        can = ", ".join(sorted(MAY_CHANGE[mode]))
+        raise UserError(f"--{fixed[0]} cannot change with --{mode}; what can: {can}.")
+    path, resume = Path(options[mode]), mode == "resume"
+    state = load_checkpoint(path / "last.pt" if resume else path)
+    config = replace(state["config"], **changes).check()
+    if resume and state["iteration"] >= config.max_iteration:
+        made = f"{path} has made its {state['iteration']} iterations"
+        raise UserError(f"{made}; a larger --max_iteration makes more.")
+    agent = AggreVateDAgent(config, state, resume)
+    agent.iteration = state["iteration"]  # to say what is scored
     return agent
 
 

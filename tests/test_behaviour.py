@@ -321,8 +321,11 @@ def test_rewards_are_recorded_and_logged_as_sums(train):
 def test_best_iterate_is_the_latest_within_two_errors(make_agent, episodes, returns, best):
     agent = make_agent(eval_episodes=episodes)
     rows = [(n, i, x) for n, values in returns.items() for i, x in enumerate(values)]
-    agent.rows = [(n, 0, 0.0, "learner", i, x, 1) for n, i, x in rows]
-    assert agent.best_iterate() == best
+    kept = []
+    for agent.iteration in returns:
+        agent.rows = [(n, 0, 0.0, "learner", i, x, 1) for n, i, x in rows if n <= agent.iteration]
+        kept += [agent.iteration] * agent.is_best()
+    assert kept[-1] == best
 
 
 def test_best_iterate_is_kept_with_its_own_score(train, make_agent):

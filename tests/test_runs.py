@@ -129,7 +129,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
 
 def test_evaluate_scores_the_best_iterate(run_small, run_main, make_agent, tmp_path, monkeypatch):
     task = dict(env_name="tiny_envs:Negative-v0")
-    monkeypatch.setattr(AggreVateDAgent, "best_iterate", lambda agent: 1)
+    monkeypatch.setattr(AggreVateDAgent, "is_best", lambda agent: agent.iteration == 1)
     run = run_small("logs", **task)
     before, file = list(run.rglob("*")), shutil.copy(run / "best.pt", tmp_path / "policy file.pt")
     agent, last = (make_agent(**task, init_path=str(x)) for x in (file, run / "last.pt"))
