@@ -100,6 +100,12 @@ def mean(row: str) -> str:
     return f"{x.mean():.1f}" + (f" ({x.min():.1f} to {x.max():.1f})" if len(x) > 1 else "")
 
 
+def solved(row: str) -> str:
+    """How many seeds have a mean of 300, from which on the course counts as solved."""
+    x = returns(row).mean(axis=1)
+    return f"{(x >= 300).sum()} of {len(x)} seeds"
+
+
 def failed(row: str) -> str:
     """Share of the episodes that failed."""
     return f"{np.mean(returns(row) < FAILED):.1%}"
@@ -150,7 +156,8 @@ def score_table(rows: list[str], last=False, reference="", of="its expert") -> s
         if (other, terrains_of(row)) not in runs("returns"):
             continue
         solved = "BipedalWalker" in ag.Config(**options_of(row)).env_name
-        line = [ROWS[row]["name"], f"{len(x)} × {x.shape[1]}", mean(row)]
+        name = f"{ROWS[row]['name']} `{row}`" if last else ROWS[row]["name"]
+        line = [name, f"{len(x)} × {x.shape[1]}", mean(row)]
         line.append(f"{np.mean(x >= 300):.1%}" if solved else "")
         if expert_of(row) != row:
             line += [minus(row, other, who) for who in ("best", "last")[: 1 + last]]
@@ -238,7 +245,7 @@ def fill(text: str) -> str:
 
     A paragraph that needs a row which has not been run is left out.
     """
-    numbers = {f.__name__: f for f in (mean, minus, failed, steps, gap, states, rank)}
+    numbers = {f.__name__: f for f in (mean, minus, solved, failed, steps, gap, states, rank)}
     numbers |= {name: printed.__str__ for name, printed in tables().items()}
     paragraphs = []
     for paragraph in text.split("\n\n"):
@@ -278,7 +285,8 @@ def draw_curves(axes, rows: dict[str, str]) -> None:
     n = 1 + min(max(int(x["episode"]) for x in run) for run in every)
     for row, method in rows.items():
         steps, numbers, means = curve(row, "learner", n)
-        how = style(method, label=f"{STYLES[method][0]} ({len(means)} seeds)")
+        name = PRINTED["labels"].get(row, STYLES[method][0])
+        how = style(method, label=f"{name} ({len(means)} seeds)")
         axes.plot(steps, means.mean(axis=0), **how)
         few, hollow = numbers < n, dict(linestyle="", markerfacecolor="white", label=None)
         axes.plot(steps[few], means.mean(axis=0)[few], **how | hollow)
