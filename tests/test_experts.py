@@ -238,7 +238,7 @@ def test_evaluated_critics_know_what_comes_of_the_actor_as_it_is(tmp_path, monke
     same = {k for k, w in theirs.policy.state_dict().items() if torch.equal(w, weights[k])}
     assert weights.keys() - same == {k for k in weights if k.startswith("critic")}
     worth = json.loads(new.with_suffix(".json").read_text())
-    assert theirs.critics_evaluated == after.evaluated == worth["settings"]
+    assert theirs.critics_evaluated == after.evaluated == worth["settings"] and after.gamma == 0.8
     assert abs(worth["after"]["bias"]) < 0.1 < worth["before"]["bias"] < worth["after"]["falls"]
 
 
