@@ -66,7 +66,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 # Random streams, pure functions of (purpose, ...): evaluating more often cannot disturb
-# training, and a resumed run needs no generator states.
+# training, and a resumed run needs no generator states.  Numbers left out are used up.
 ROLL_IN = 0  # + (seed, n, k): terrain, mixture, noise of iteration n's trajectory k
 UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
 VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
@@ -511,7 +511,7 @@ class Member:
 
     alpha: tuple[float, float]  # the expert's share of the roll-in, at first and at last
     keeps_data: bool  # True: of all iterations, drawn in proportion to weights >= 0;
-    # False: of this iteration, and weights of either sign multiply the loss
+    # False: of this iteration alone, and weights of either sign multiply the loss
     label: Callable  # (agent, states) -> the action to imitate
     targets_and_weights: Callable  # (agent, data) -> states, targets, weights
 
@@ -904,7 +904,7 @@ def load_policy(path) -> NumpyPolicy:
 
 
 def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
-    """Every fifth step of the first validation episode, with step and return."""
+    """Every fifth step of the last policy's first validation episode, with step and return."""
     c, episode, frames = agent.config, agent.evaluate(n_episodes=1)[0], []
     env = make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
     env.reset(seed=terrain_seed(np.random.default_rng((VALIDATION, 0))))
@@ -1045,7 +1045,7 @@ def main(argv=None) -> int:
             return 0
         run_dir = Path(run_dir) if run_dir else make_run_dir(agent.config)
         print_banner(agent, run_dir)
-        agent.save_last(run_dir)
+        agent.save_last(run_dir)  # to be resumed even from the first iteration
         agent.train(run_dir)
         save_gif(agent, run_dir)
         print(f"score  {command} --evaluate {shlex.quote(str(run_dir))}")
