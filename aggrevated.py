@@ -658,9 +658,8 @@ class AggreVateDAgent:
         }
         arrays = {k: np.concatenate(x, dtype=np.float32) for k, x in columns.items()}
         data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
-        data["expert_action"] = self.member.label(
-            self, data["state"]
-        )  # perhaps improved by its critics
+        # perhaps improved by its critics
+        data["expert_action"] = self.member.label(self, data["state"])
         data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
         return data
 
@@ -760,9 +759,7 @@ class AggreVateDAgent:
         if self.is_best():  # the latest one stays
             self.save(run_dir / "best.pt", score=float(learner.mean()))
         same = expert[: len(learner)]  # terrains
-        now = f"iteration {n:3d} {self.env_steps:8d} steps {self.seconds:5.0f} s"
-        score, its = describe(learner, threshold), f"{same.mean():.1f} ({len(same)} episodes)"
-        tqdm.write(f"{now}  learner {score}  expert {its}")
+        tqdm.write(progress(n, self.env_steps, self.seconds, learner, same, threshold))
         if n == 1 and threshold and expert.mean() < threshold - abs(threshold) / 2:
             tqdm.write(
                 f"warning: the expert itself is poor, {threshold:g} is solved; is it the right one?"
@@ -848,6 +845,13 @@ def describe(returns: np.ndarray, threshold=None) -> str:
     return text
 
 
+def progress(n: int, env_steps: int, seconds: float, learner, expert, threshold) -> str:
+    """A line on an evaluation, from returns on the same terrains."""
+    now = f"iteration {n:3d} {env_steps:8d} steps {seconds:5.0f} s"
+    its = f"{expert.mean():.1f} ({len(expert)} episodes)"
+    return f"{now}  learner {describe(learner, threshold)}  expert {its}"
+
+
 def log(writer: SummaryWriter, n: int, scalars: dict) -> None:
     """Points at iteration n; of arrays, their means."""
     for tag, value in scalars.items():
@@ -873,11 +877,12 @@ def make_run_dir(c: Config) -> Path:
     """A fresh folder below log_dir; UserError if it cannot be made."""
     env = c.env_name.split(":")[-1].replace("/", "-")
     name = f"{c.algorithm}_{env}_s{c.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
-    for number in itertools.count(1):
-        run_dir = Path(c.log_dir) / (name if number == 1 else f"{name}_{number}")
-        with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
+    with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
+        Path(c.log_dir).mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            run_dir = Path(c.log_dir) / (name if number == 1 else f"{name}_{number}")
             with suppress(FileExistsError):  # another run of this second
-                run_dir.mkdir(parents=True)
+                run_dir.mkdir()
                 return run_dir
 
 

@@ -130,7 +130,7 @@ def main() -> None:
         env = make_vec_env(partial(make_env, args.env_name, **args.env_kwargs), N_ENVS, args.seed)
         expert = SACExpert(args.zip, env.observation_space, env.action_space)
     except UserError as error:
-        parser.error(f"{error}".replace("set --expert_path to", "check --env_name, or give"))
+        parser.error(f"{error} (Here the zip is the first argument; check --env_name too.)")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data = play(expert, env, args.steps, args.seed)
     data["reward"] = reprice(data["reward"], data["action"], data["fell"], args.fall_reward)

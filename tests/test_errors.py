@@ -73,10 +73,12 @@ def run(finished, tmp_path):
     ("env_name=CartPole-v1", "discrete actions are not supported; choose another"),
     ("env_name=tiny_envs:Unbounded-v0", r"Unbounded-v0 has .*\(-inf, inf, .*actions bounded"),
     ("log_dir=file", "cannot be written; set --log_dir"),
+    ("log_dir=link", "cannot be written; set --log_dir"),  # to what there is not
     ("init_path=nowhere", "There is no nowhere; give a run folder or a policy file"),
 ])  # fmt: skip
 def test_option(refused, tmp_path, option, mend):
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     name, value = option.split("=")
     assert re.search(mend, sentence := refused(**{name: value})), sentence
 
@@ -135,6 +137,7 @@ BAD_EXPERTS = {
     "half": (truncate, DAMAGED),
     "empty": (lambda path: zipfile.ZipFile(path, "w").close(), DAMAGED),
     "PPO": (lambda path: make_sac(path, kind="PPO"), "kind of agent .PPO.*--expert_path"),
+    "DQN": (lambda path: make_sac(path, "CartPole-v1", "DQN"), "no SAC critics"),
     "TD3": (lambda path: make_sac(path, kind="TD3"), "no SAC critics"),
     "TQC": (lambda path: change_weights(path, like_tqc), "TQC.* no SAC critics; .*--expert_path"),
     "another task's": (lambda path: make_sac(path, MOUNTAIN), "2 observations, the task has 3; "),
@@ -204,9 +207,7 @@ def test_checkpoint_that_is_damaged(run, refused, mend, damage):
 
 def test_checkpoint_of_another_task_and_damaged_last_one(run, refused, tmp_path):
     make_sac(expert := tmp_path / "mountain.zip", MOUNTAIN)
-    assert "takes 3 observations, the task has 2; set" in refused(
-        "--evaluate", run, env_name=MOUNTAIN
-    )
+    assert "3 observations, the task has 2; set" in refused("--evaluate", run, env_name=MOUNTAIN)
     assert "sizes" in refused(init_path=run, expert_path=expert, env_name=MOUNTAIN, n_workers=2)
     assert not multiprocessing.active_children()
     truncate(run / "last.pt")

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import runpy
-import subprocess
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock

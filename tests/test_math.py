@@ -240,7 +240,7 @@ def test_score_function_lets_no_state_outweigh_a_minibatch():
 def test_conjugate_gradient_solves():
     torch.manual_seed(0)
     half, b = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    matrix = half @ half.T + torch.eye(8)
+    matrix = half @ half.T + 0.1 * torch.eye(8)
     x = conjugate_gradient(lambda v: matrix @ v, b)
     torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
     assert not conjugate_gradient(lambda v: matrix @ v, 0 * b).any()

@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, checkpoint, equal, evaluations, make_sac, only_run
 from PIL import Image, ImageSequence
 from stable_baselines3.common.evaluation import evaluate_policy
-from tiny_envs import colour
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tiny_envs import colour
 
 import aggrevated
 from aggrevated import TEST, AggreVateDAgent, Config, load_policy, make_env
@@ -99,6 +99,7 @@ def test_learner_and_expert_have_points_in_runs_of_their_own(run_small, last, ev
     learner = {n: returns(run, "learner", n) for n in steps}
     whole = {n for n in steps if n % every == 0 or n == last}
     assert {n: len(x) for n, x in learner.items()} == {n: 7 if n in whole else 2 for n in steps}
+    assert len(expert) == 7
     assert points(run) == [(n, pytest.approx(learner[n].mean())) for n in steps]
     same = {n: expert[: len(x)].mean() for n, x in learner.items()}  # of the same terrains
     assert points(run / "expert") == [(n, pytest.approx(same[n])) for n in steps]

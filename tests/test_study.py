@@ -45,11 +45,13 @@ def test_page_is_printed_from_the_committed_numbers():
 
 
 def test_rows_are_legal():
+    allowed = "name expert options seeds terrains keep episodes start_from script".split()
     for name, row in common.ROWS.items():
         config = Config(**common.options_of(name)).check()
-        assert set(row.get("keep", [])) <= set(row.get("seeds", []))
+        assert set(row) <= set(allowed) and set(row.get("keep", [])) <= set(row.get("seeds", []))
         assert not config.expert_path.startswith("/") and not config.init_path
         assert common.expert_of(common.expert_of(name)) == common.expert_of(name)
+        assert row.get("start_from", name) in common.ROWS
         assert set(row.get("terrains", [])) <= set(common.TERRAINS)
     assert len(common.PRINTED["main"]) <= 10
 
@@ -92,8 +94,7 @@ def test_named_files_exist():
 
 
 def test_tensorboard_shows_one_run_of_ours():
-    shown = {p.parent.name for p in STUDY.glob("[!.]*/**/events.*")}
-    assert shown == {"aggrevated_s0", "expert"}
+    assert {p.parent.name for p in STUDY.glob("[!.]*/**/events.*")} == {"aggrevated_s0", "expert"}
 
 
 def test_readme_has_the_tables_and_the_numbers_of_the_study():

@@ -107,7 +107,7 @@ def play(row: str, terrains: str, policy=None, most=500) -> list[tuple]:
     agent = ag.AggreVateDAgent(ag.Config(**options_of(row), n_workers=1, device="cpu"))
     c, players, played = agent.config, pickle.dumps((policy, agent.expert)), []
     episodes, alpha = ROWS[expert_of(row)].get("episodes", 500), float(policy is None)
-    for i in trange(min(episodes, 300 if terrains == "validation" else most), desc=row):
+    for i in trange(min(episodes, most, 300 if terrains == "validation" else 500), desc=row):
         stream = TERRAINS[terrains], i
         t = ag.roll_in(players, c.env_name, c.env_kwargs, alpha, 0.0, agent.horizon, stream)
         total = float(t.rewards.sum())

@@ -155,10 +155,10 @@ def score_table(rows: list[str], last=False, reference="", of="its expert") -> s
         x, other = returns(row), reference or expert_of(row)
         if (other, terrains_of(row)) not in runs("returns"):
             continue
-        solved = "BipedalWalker" in ag.Config(**options_of(row)).env_name
+        has_threshold = "BipedalWalker" in ag.Config(**options_of(row)).env_name
         name = f"{ROWS[row]['name']} `{row}`" if last else ROWS[row]["name"]
         line = [name, f"{len(x)} × {x.shape[1]}", mean(row)]
-        line.append(f"{np.mean(x >= 300):.1%}" if solved else "")
+        line.append(f"{np.mean(x >= 300):.1%}" if has_threshold else "")
         if expert_of(row) != row:
             line += [minus(row, other, who) for who in ("best", "last")[: 1 + last]]
             line += [steps(row), f"{cost(row)[1]:.1f}"]
@@ -208,12 +208,9 @@ def printed() -> str:
     for x in runs("evaluations")["aggrevated", None]["0"]:
         when = x["policy"], int(x["iteration"]), int(x["env_steps"]), float(x["seconds"])
         points.setdefault(when, []).append(float(x["return"]))
-    lines, (_, expert), *learner = [], *points.items()
-    for (_, n, env_steps, seconds), x in learner:
-        score = ag.describe(np.array(x), 300)
-        line = f"iteration {n:3d} {env_steps:8d} steps {seconds:5.0f} s  learner {score}"
-        lines.append(f"    {line}  expert {np.mean(expert[: len(x)]):.1f} ({len(x)} episodes)")
-    return "\n".join(lines)
+    (_, expert), *learner = [(when, np.array(x)) for when, x in points.items()]
+    lines = [ag.progress(*when[1:], x, expert[: len(x)], 300) for when, x in learner]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def noise_table() -> str:
@@ -240,15 +237,15 @@ def tables() -> dict[str, str]:
     )
 
 
-def fill(text: str) -> str:
+def fill(page: str) -> str:
     """The text with each {table} and each {number argument ...}, such as {minus dagger bc}.
 
     A paragraph that needs a row which has not been run is left out.
     """
     numbers = {f.__name__: f for f in (mean, minus, solved, failed, steps, gap, states, rank)}
-    numbers |= {name: printed.__str__ for name, printed in tables().items()}
+    numbers |= {name: text.__str__ for name, text in tables().items()}
     paragraphs = []
-    for paragraph in text.split("\n\n"):
+    for paragraph in page.split("\n\n"):
         with suppress(KeyError):
             call = lambda match: numbers[match[1]](*match[2].split())  # noqa: E731
             paragraphs.append(re.sub(r"\{(\w+)((?: \w+)*)\}", call, paragraph))
