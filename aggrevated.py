@@ -8,25 +8,17 @@ expert's cost-to-go Q*.  Rewards are maximised here where the paper minimises co
     python aggrevated.py --resume logs/RUN      go on where a run was stopped
     python aggrevated.py --evaluate logs/RUN    score its best iterate on fresh episodes
 
-The paper's Algorithm 1 is `AggreVateDAgent.train`, in the names of this file:
+The paper's Algorithm 1 is `AggreVateDAgent.train`; what is made likelier, and with which
+weight, is what the algorithms differ in: see FAMILY.  The default's target is the expert's
+action, its weight how much worse the learner's own action is there by Q*: cost-weighted
+imitation, a regression that needs few steps.  With critics that were evaluated
+(rl-trained-agents/evaluate_critics.py) the target is improved by them, and the learner
+passes its expert.  `--algorithm score` is the paper's gradient.
 
-    for n = 1 .. max_iteration:
-        alpha       the expert's share of the roll-in: 1 at first, falling linearly to 0
-        simulate    K trajectories of the mixture, at most H steps each
-        label       in every visited state the action to imitate, and its Q*
-        update      Adam on -mean[ w log pi(target | s) ], or natural steps
-        validate    now and then; best.pt is the latest iterate within two standard errors
-                    of the one with the highest mean
-
-What is made likelier, and with which weight, is what the algorithms differ in: see FAMILY.
-The default's target is the expert's action, its weight how much worse the learner's own
-action is there by Q*: cost-weighted imitation, a regression that needs few steps.  With
-critics that were evaluated (rl-trained-agents/evaluate_critics.py) the target is improved
-by them, and the learner passes its expert.  `--algorithm score` is the paper's gradient.
+best.pt is the latest iterate within two standard errors of the one with the highest mean.
 """
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -42,8 +34,9 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -54,9 +47,7 @@ if __name__ == "__main__":  # what must be set before numpy and CUDA are loaded
 import gymnasium as gym
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from stable_baselines3.sac.policies import SACPolicy
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import gelu, softplus
@@ -72,7 +63,7 @@ UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
 VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
 TEST = 16  # + (i,): terrain of test episode i, on which nothing is ever chosen
 
-FORMAT = 2  # of checkpoints: a new number when the same weights would act otherwise
+FORMAT = 3  # of checkpoints: a new number when the same weights would act otherwise
 LOG_STD_MIN, LOG_STD_MAX = -2.0, -1.0  # lower: huge gradients; higher: noisy roll-ins
 INPUT_BOUND = 10.0  # clips standardised inputs that were constant in the first data
 EARLY = 3  # first iterations, where the return rises: a short evaluation after each
@@ -87,18 +78,14 @@ BAD_FILE = OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZip
 BAD_FILE += pickle.UnpicklingError, zlib.error
 
 
-def reason(error: Exception) -> str:
-    """What an exception says, in a line."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 150, placeholder=" ...")
-
-
 @contextmanager
 def user_error_if(errors, sentence: str):
     """These errors inside become a UserError that says so and names the mend."""
     try:
         yield
     except errors as error:
-        raise UserError(f"{sentence} ({reason(error)}).") from None
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 250, placeholder=" ...")
+        raise UserError(f"{sentence} ({cause}).") from None
 
 
 # == 1. Config: every setting ==========================================================
@@ -115,7 +102,7 @@ class Config:
     env_name: str = option("BipedalWalkerHardcore-v3", "Gymnasium id, or module:id")
     env_kwargs: dict = option({}, "more for gym.make, as JSON")
     expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/ENV_1/ENV.zip")
-    algorithm: str = option("aggrevated", "bc dagger aggrevate aggrevated score minmax reinforce")
+    algorithm: str = option("aggrevated", "bc dagger aggrevate aggrevated score minmax")
     optimizer: str = option("adam", "adam or natural", choices=("adam", "natural"))
     init_path: str = option("", "run or policy file to start from; none: at random")
     seed: int = option(0, "decides all that is random", 0, 2**32)
@@ -138,7 +125,6 @@ class Config:
     gap_factor: float = option(3.0, "weight of the normalised gap; 0 to 10", 0, 1e6)
     gap_cut: float = option(20.0, "largest weight; 5 to 50", 1, 1e6)
     kl_step: float = option(0.01, "KL of a natural step [nats]; 0.01 to 0.1", 1e-12, 10)
-    gamma: float = option(0.0, "discount of REINFORCE; 0: the one of Q*", 0, 1)
     # best.pt is the latest iterate within two standard errors of the one with the highest mean
     eval_every: int = option(5, "iterations between whole evaluations", 1)
     eval_episodes: int = option(20, "episodes of a whole evaluation; 10 to 500", 1)
@@ -231,25 +217,24 @@ class NumpyPolicy:
     def __init__(self, weights: dict[str, torch.Tensor]):
         self.w = {name: x.cpu().numpy() for name, x in weights.items()}
 
-    def act(self, state, noise=None):
+    def act(self, state, noise=0.0):
         """The action of u = mean + std * noise, gelu as above: one state or a batch."""
         w = self.w
         x = ((state - w["state_mean"]) / w["state_std"]).clip(-INPUT_BOUND, INPUT_BOUND)
         for layer in ("fc1", "fc2"):
             x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
             x = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))  # sqrt(2/pi)
-        u = x @ w["mean.weight"].T + w["mean.bias"]
-        if noise is not None:
-            fraction = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
-            log_std = LOG_STD_MIN + fraction * (LOG_STD_MAX - LOG_STD_MIN)
-            u = u + np.exp(log_std) * np.float32(noise)
+        mean = x @ w["mean.weight"].T + w["mean.bias"]
+        fraction = 1 / (1 + np.exp(-(x @ w["log_std.weight"].T + w["log_std.bias"])))
+        log_std = LOG_STD_MIN + fraction * (LOG_STD_MAX - LOG_STD_MIN)
+        u = mean + np.exp(log_std) * np.float32(noise)
         return w["offset"] + w["scale"] * np.tanh(u)
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
         """SB3's: (action, state), by the mean or sampled, of one observation or a batch."""
         observation = np.asarray(observation, dtype=np.float32)
         shape = *observation.shape[:-1], len(self.w["scale"])
-        noise = None if deterministic else np.random.standard_normal(shape)
+        noise = 0.0 if deterministic else np.random.standard_normal(shape)
         return self.act(observation, noise), state
 
 
@@ -271,10 +256,6 @@ def read_sac_zip(path) -> tuple[dict, dict]:
             weights = torch.load(pth, map_location="cpu", weights_only=True)
             data = json.loads(archive.read("data"))
         data["gamma"] = float(data["gamma"])
-    one_output = layer_sizes(weights, "critic.qf0.")[-1:] == [1]  # TQC's critics have 25
-    if "actor.latent_pi.0.weight" not in weights or not one_output:
-        kind = "another kind of agent (PPO, DQN, TD3, TQC?), no SAC critics"
-        raise UserError(f"{path} holds {kind}; {OTHER_EXPERT}.")
     return weights, data
 
 
@@ -298,14 +279,12 @@ class SACExpert:
             clip_mean=float(kwargs.get("clip_mean", 2.0)),
             n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
         )
-        needed, given = observation_space.shape[0], weights["actor.latent_pi.0.weight"].shape[1]
-        if given != needed:
-            sizes = f"{path} takes {given} observations, the task has {needed}"
-            raise UserError(f"{sizes}; {OTHER_EXPERT}.")
-        policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
-        with user_error_if(RuntimeError, f"{path} does not fit the task; {OTHER_EXPERT}"):
+        errors = RuntimeError, ValueError
+        with user_error_if(errors, f"{path} is no SAC agent or does not fit; {OTHER_EXPERT}"):
+            policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
             policy.load_state_dict(weights)
         self.gamma, self.evaluated = data["gamma"], data.get("critics_evaluated")
+        self.path = path
         policy.requires_grad_(False)
         self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu)
         self.critic = policy.critic.to(device)
@@ -314,6 +293,9 @@ class SACExpert:
         if activation == "ReLU" and not how["use_sde"]:
             linear = [m for m in self.mean.modules() if isinstance(m, nn.Linear)]
             self.layers = [(m.weight.T.numpy(), m.bias.numpy()) for m in linear]
+
+    def __str__(self):
+        return f"{self.path} (critics {'evaluated' if self.evaluated else 'as SAC left them'})"
 
     def __getstate__(self):
         """What goes to a roll-in worker, which only acts."""
@@ -354,23 +336,21 @@ class Trajectory:
     rewards: np.ndarray  # (T,)
 
 
+def returns_of(trajectories: list[Trajectory]) -> np.ndarray:
+    """Sums of rewards, (trajectories,)."""
+    return np.array([t.rewards.sum() for t in trajectories])
+
+
 def make_env(env_name: str, **kwargs) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
     errors = gym.error.Error, ImportError, TypeError
     with user_error_if(errors, f"{env_name!r} cannot be made; check env_name, env_kwargs"):
         env = gym.make(env_name, disable_env_checker=True, **kwargs)
     seen, acts = env.observation_space, env.action_space
-    if isinstance(acts, gym.spaces.Discrete):
-        raise UserError(f"{env_name}: discrete actions are not supported; choose another task.")
     vectors = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (seen, acts))
     if not vectors or not acts.is_bounded():
         raise UserError(f"{env_name} has {seen} and {acts}; both must be vectors, actions bounded.")
     return env
-
-
-def terrain_seed(rng: np.random.Generator) -> int:
-    """The environment's seed: the first number of a random stream."""
-    return int(rng.integers(2**31))
 
 
 def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, stream):
@@ -378,7 +358,7 @@ def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, s
     learner, expert = pickle.loads(players)
     env = make_env(env_name, **env_kwargs)  # Box2D's worlds keep traces over a reset
     space, rng = env.action_space, np.random.default_rng(stream)
-    observation, _ = env.reset(seed=terrain_seed(rng))
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
     steps = []
     for _ in range(horizon):
         state = np.asarray(observation, dtype=np.float32)
@@ -407,32 +387,9 @@ def start_worker() -> None:
 
 
 # == 5. The family: what its members make likelier, and how much =======================
-def gap_weights(q_expert, q_learner, factor: float, cut: float):
-    """w = min(1 + factor * gap / mean(gap), cut); all (N, 1).
-
-    gap = max(0, Q*(s, a_expert) - Q*(s, a_learner)): what the learner's action costs.
-    """
-    gap = (q_expert - q_learner).clamp(min=0)
-    mean = gap.mean().clamp(min=1e-4)  # less is rounding
-    return (1 + factor * gap / mean).clamp(max=cut)
-
-
-def standardise(x):
-    """Mean 0 and standard deviation 1 over the batch."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
-
-
 def normalize_q_star(q_star):
     """Q*, shifted and scaled to [0, 1]."""
     return (q_star - q_star.min()) / (q_star.max() - q_star.min() + 1e-8)
-
-
-def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
-    """Discounted sum of the rewards (T,) from each step on."""
-    result = np.array(rewards, dtype=np.float64)
-    for t in reversed(range(len(rewards) - 1)):
-        result[t] += gamma * result[t + 1]
-    return result
 
 
 def expert_action(agent, state):
@@ -469,15 +426,19 @@ def imitate(agent, data):
 
 
 def imitate_by_gap(agent, data, action=None):
-    """The expert's action by `gap_weights` of another one, by default the learner's own."""
-    c, target = agent.config, agent.policy.clip_to_range(data["expert_action"])
-    q = agent.get_q_star(data["state"], action)
-    weight = gap_weights(data["q_expert"], q, c.gap_factor, c.gap_cut)
-    return data["state"], target, weight
+    """The expert's action, by w = min(1 + gap_factor * gap / mean(gap), gap_cut).
+
+    gap = max(0, Q*(s, a*) - Q*(s, a)): what `action` costs, by default the learner's own.
+    """
+    c = agent.config
+    gap = (data["q_expert"] - agent.get_q_star(data["state"], action)).clamp(min=0)
+    mean = gap.mean().clamp(min=1e-4)  # less is rounding
+    weight = (1 + c.gap_factor * gap / mean).clamp(max=c.gap_cut)
+    return data["state"], agent.policy.clip_to_range(data["expert_action"]), weight
 
 
 def imitate_by_executed_gap(agent, data):
-    """The expert's action by `gap_weights` of the executed one."""
+    """The expert's action, by what the executed one cost: AggreVaTe's."""
     return imitate_by_gap(agent, data, data["action"])
 
 
@@ -490,7 +451,8 @@ def score_function(agent, data):
     state = data["state"].repeat(2, 1)
     action = agent.policy.sample(state)
     q = agent.get_q_star(state, action).view(2, -1, 1)  # (sample, state, 1)
-    advantage = standardise((q - q.mean(dim=0)).view(-1, 1))
+    advantage = (q - q.mean(dim=0)).view(-1, 1)
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     return state, action, advantage.clamp(-5, 5)  # one state cannot outweigh a minibatch
 
 
@@ -498,11 +460,6 @@ def min_max(agent, data):
     """The executed action by its own Q*: it also repeats what was bad everywhere."""
     weight = normalize_q_star(agent.get_q_star(data["state"], data["action"]))
     return data["state"], agent.policy.clip_to_range(data["action"]), weight
-
-
-def reinforce(agent, data):
-    """The executed action by the return that came: neither expert nor Q*."""
-    return data["state"], data["action"], standardise(data["to_go"])
 
 
 @dataclass(frozen=True)
@@ -523,7 +480,6 @@ FAMILY = {
     "aggrevated": Member((1, 0), True, improved_action, imitate_by_gap),
     "score": Member((1, 0), False, expert_action, score_function),
     "minmax": Member((1, 0), False, expert_action, min_max),
-    "reinforce": Member((0, 0), False, expert_action, reinforce),
 }
 
 
@@ -585,7 +541,6 @@ def natural_step(policy, loss_of: Callable, state, kl_step: float):
 
 # == 7. The agent ======================================================================
 MAX_GRADIENT_NORM = 10.0  # a saturated action's log-probability has huge gradients
-COLUMNS = "iteration", "env_steps", "seconds", "policy", "episode", "return", "length"
 
 
 class AggreVateDAgent:
@@ -612,7 +567,7 @@ class AggreVateDAgent:
         self.experience: dict[str, torch.Tensor] = {}  # newest transitions (N, ...)
         self.iteration = self.env_steps = 0
         self.seconds = 0.0  # of training
-        self.rows: list[tuple] = []  # of evaluations.csv
+        self.evaluations: list[dict] = []  # the expert's, then the learner's
         if start:
             self.load(start, resume)
         # a fork needs no imports; Linux alone has a safe one, before torch has threads
@@ -649,17 +604,13 @@ class AggreVateDAgent:
 
     @torch.no_grad()
     def label(self, trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
-        """What was done, what came, what the expert would do: (N, ...), all visited states."""
-        gamma = self.config.gamma or self.expert.gamma
-        columns = {
-            "state": [t.states for t in trajectories],
-            "action": [t.actions for t in trajectories],
-            "to_go": [returns_to_go(t.rewards, gamma)[:, None] for t in trajectories],
-        }
-        arrays = {k: np.concatenate(x, dtype=np.float32) for k, x in columns.items()}
+        """What was done and what the expert would do in all visited states, (N, ...) each."""
+        arrays = dict(
+            state=np.concatenate([t.states for t in trajectories]),
+            action=np.concatenate([t.actions for t in trajectories], dtype=np.float32),
+        )
         data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
-        # perhaps improved by its critics
-        data["expert_action"] = self.member.label(self, data["state"])
+        data["expert_action"] = self.member.label(self, data["state"])  # perhaps improved
         data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
         return data
 
@@ -717,18 +668,10 @@ class AggreVateDAgent:
         streams = [(stream, i) for i in range(n_episodes or self.config.eval_episodes)]
         return self.simulate(streams, float(who == "expert"), 0.0, self.horizon, bar)
 
-    def record(self, who: str, n_episodes: int) -> None:
-        """Evaluate, and add a row for each episode to evaluations.csv."""
-        now = self.iteration, self.env_steps, round(self.seconds, 1), who
-        for i, t in enumerate(self.evaluate(who, n_episodes)):
-            self.rows.append((*now, i, float(t.rewards.sum()), len(t.rewards)))
-
-    def returns_of(self, who: str) -> dict[int, np.ndarray]:
-        """Validation returns (episodes,) by iteration."""
-        returns: dict[int, np.ndarray] = {}
-        for n, _, _, player, _, episode_return, _ in self.rows:
-            if player == who:
-                returns[n] = np.append(returns.get(n, []), episode_return)
+    def record(self, who: str, n_episodes: int) -> np.ndarray:
+        """Returns (n_episodes,) of a new evaluation, which is kept."""
+        returns = returns_of(self.evaluate(who, n_episodes))
+        self.evaluations.append(self.now() | dict(policy=who, returns=returns.tolist()))
         return returns
 
     def is_best(self) -> bool:
@@ -737,59 +680,55 @@ class AggreVateDAgent:
         Differences and their errors are paired, on the same terrains: the highest mean of
         20 episodes is often luck.  Short evaluations count only while there is no other.
         """
-        returns, episodes = self.returns_of("learner"), self.config.eval_episodes
-        own = returns[self.iteration]
-        whole = [x for x in returns.values() if len(x) == episodes]
-        if len(own) < episodes:
+        returns = [np.array(e["returns"]) for e in self.evaluations[1:]]
+        whole = [x for x in returns if len(x) == self.config.eval_episodes]
+        if len(returns[-1]) < self.config.eval_episodes:
             return not whole
-        mean, error = mean_and_error(max(whole, key=np.mean) - own)
-        return not mean > 2 * error  # of a single episode the error is NaN
+        difference = max(whole, key=np.mean) - returns[-1]
+        return not difference.mean() > 2 * standard_error(difference)
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
-        n, episodes = self.iteration, self.config.eval_episodes
-        threshold = self.threshold
-        if not self.rows:
-            self.record("expert", episodes)
-        self.record("learner", episodes if whole else math.ceil(episodes / 4))
-        table = np.array([COLUMNS, *self.rows], dtype=object)
-        np.savetxt(run_dir / "evaluations.tmp", table, "%s", ",")
-        os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
-        learner, (expert,) = self.returns_of("learner")[n], self.returns_of("expert").values()
+        episodes, solved = self.config.eval_episodes, self.threshold
+        if not self.evaluations:
+            expert = self.record("expert", episodes)
+            if solved and expert.mean() < solved - abs(solved) / 2:
+                tqdm.write(
+                    f"warning: the expert is poor, {solved:g} is solved; is it the right one?"
+                )
+        learner = self.record("learner", episodes if whole else math.ceil(episodes / 4))
+        expert = np.array(self.evaluations[0]["returns"][: len(learner)])
+        (run_dir / "evaluations.json").write_text(json.dumps(self.evaluations))
         if self.is_best():  # the latest one stays
             self.save(run_dir / "best.pt", score=float(learner.mean()))
-        same = expert[: len(learner)]  # terrains
-        tqdm.write(progress(n, self.env_steps, self.seconds, learner, same, threshold))
-        if n == 1 and threshold and expert.mean() < threshold - abs(threshold) / 2:
-            tqdm.write(
-                f"warning: the expert itself is poor, {threshold:g} is solved; is it the right one?"
-            )
-        return learner, same
+        tqdm.write(progress(**self.now(), learner=learner, expert=expert, threshold=solved))
+        return learner, expert
+
+    def now(self) -> dict:
+        """How far the run is."""
+        return dict(iteration=self.iteration, env_steps=self.env_steps, seconds=self.seconds)
 
     def save(self, path: Path, **more) -> None:
         """Write a checkpoint and then rename it: a kill leaves the last one."""
-        now = dict(iteration=self.iteration, env_steps=self.env_steps, seconds=self.seconds)
-        own = dict(format=FORMAT, config=asdict(self.config), policy=self.policy.state_dict())
+        state = dict(format=FORMAT, config=asdict(self.config), policy=self.policy.state_dict())
         with user_error_if((OSError, RuntimeError), f"{path} cannot be written"):
-            torch.save(own | now | more, path.with_suffix(".tmp"))
+            torch.save(state | self.now() | more, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
 
     def save_last(self, run_dir: Path) -> None:
         """last.pt: all that resuming needs."""
         more = dict(optimizer=self.optimizer.state_dict(), experience=self.experience)
-        self.save(run_dir / "last.pt", **more, rows=self.rows)
+        self.save(run_dir / "last.pt", **more, evaluations=self.evaluations)
 
     def load(self, state: dict, resume: bool) -> None:
         """Take a checkpoint's policy, or all of it to resume; UserError if it does not fit."""
-        bounds = dict(scale=self.policy.scale, offset=self.policy.offset)  # of the task
-        mend = "check --hidden_dim and --env_name"
-        with user_error_if(RuntimeError, f"The policy's sizes differ; {mend}"):
-            self.policy.load_state_dict(state["policy"] | bounds)
+        with user_error_if(RuntimeError, "Its sizes differ; check --hidden_dim and --env_name"):
+            self.policy.load_state_dict(state["policy"])
         if resume:
             self.optimizer.load_state_dict(state["optimizer"])
             self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
             self.iteration, self.env_steps = state["iteration"], state["env_steps"]
-            self.seconds, self.rows = state["seconds"], state["rows"]
+            self.seconds, self.evaluations = state["seconds"], state["evaluations"]
 
     # == 8. Algorithm 1 ================================================================
     def train(self, run_dir: Path) -> None:
@@ -815,7 +754,7 @@ class AggreVateDAgent:
                 "train/loss": loss,
                 "train/alpha": alpha,
                 "train/q_gap": gap.cpu().numpy(),
-                "rollout/episode_reward": [t.rewards.sum() for t in trajectories],
+                "rollout/episode_reward": returns_of(trajectories),
                 "time/env_steps": self.env_steps,
                 "time/seconds": self.seconds,
             }
@@ -829,25 +768,24 @@ class AggreVateDAgent:
 
 
 # == 9. Logs, files, pictures ==========================================================
-def mean_and_error(x: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error, which is NaN for a single number."""
-    return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean; NaN for a single number."""
+    return x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
 def describe(returns: np.ndarray, threshold=None) -> str:
     """Mean return ± its standard error, and the share that reaches the threshold."""
-    mean, error = mean_and_error(returns)
-    text = f"{mean:7.1f}"
+    text = f"{returns.mean():7.1f}"
     if len(returns) > 1:
-        text += f" ± {error:.1f}"
+        text += f" ± {standard_error(returns):.1f}"
     if threshold is not None:
         text += f", {(returns >= threshold).mean():4.0%} solved"
     return text
 
 
-def progress(n: int, env_steps: int, seconds: float, learner, expert, threshold) -> str:
+def progress(iteration, env_steps, seconds, learner, expert, threshold) -> str:
     """A line on an evaluation, from returns on the same terrains."""
-    now = f"iteration {n:3d} {env_steps:8d} steps {seconds:5.0f} s"
+    now = f"iteration {iteration:3d} {env_steps:8d} steps {seconds:5.0f} s"
     its = f"{expert.mean():.1f} ({len(expert)} episodes)"
     return f"{now}  learner {describe(learner, threshold)}  expert {its}"
 
@@ -861,14 +799,13 @@ def log(writer: SummaryWriter, n: int, scalars: dict) -> None:
 
 def open_logs(run_dir: Path, config: Config, first: int):
     """TensorBoard's writers: the learner's, and the expert's, beside it as its own run."""
-    settings, default = asdict(config), asdict(Config())
+    settings = asdict(config)
     (run_dir / "config.json").write_text(json.dumps(settings, indent=1))
     writer = SummaryWriter(run_dir, purge_step=first)
     if first == 1:
         writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in settings.items()))
-        numbers = {k: v for k, v in settings.items() if isinstance(v, (int, float))}
-        changed = {k: str(v) for k, v in settings.items() if v != default[k]}
-        for summary in hparams(changed | numbers, {"eval/episode_reward": 0.0}):
+        settings["env_kwargs"] = str(config.env_kwargs)
+        for summary in hparams(settings, {"eval/episode_reward": 0.0}):
             writer.file_writer.add_summary(summary)
     return writer, SummaryWriter(run_dir / "expert", purge_step=first)
 
@@ -876,24 +813,20 @@ def open_logs(run_dir: Path, config: Config, first: int):
 def make_run_dir(c: Config) -> Path:
     """A fresh folder below log_dir; UserError if it cannot be made."""
     env = c.env_name.split(":")[-1].replace("/", "-")
-    name = f"{c.algorithm}_{env}_s{c.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d_%H%M%S_%f")
+    run_dir = Path(c.log_dir) / f"{c.algorithm}_{env}_s{c.seed}_{now}"
     with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
-        Path(c.log_dir).mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            run_dir = Path(c.log_dir) / (name if number == 1 else f"{name}_{number}")
-            with suppress(FileExistsError):  # another run of this second
-                run_dir.mkdir()
-                return run_dir
+        run_dir.mkdir(parents=True)
+    return run_dir
 
 
 def load_checkpoint(path) -> dict:
     """A checkpoint, of a run folder best.pt; no code is run; UserError unless it is one."""
-    path = Path(path)
-    if (path / "last.pt").exists() and not (path / "best.pt").exists():
-        raise UserError(f"{path} was stopped before it was evaluated; --resume it.")
-    path = path / "best.pt" if path.is_dir() else path
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise UserError(f"There is no {path}; give a run folder or a policy file.")
+        raise UserError(
+            f"There is no {path}; give a policy file, or a run's folder, or --resume it."
+        )
     errors = *BAD_FILE, TypeError  # of a Config with other fields
     with user_error_if(errors, f"{path} is damaged or of another program; give another"):
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -908,48 +841,7 @@ def load_policy(path) -> NumpyPolicy:
     return NumpyPolicy(load_checkpoint(path)["policy"])
 
 
-def draw_episode(agent: AggreVateDAgent) -> list[Image.Image]:
-    """Every fifth step of the last policy's first validation episode, with step and return."""
-    c, episode, frames = agent.config, agent.evaluate(n_episodes=1)[0], []
-    env = make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
-    env.reset(seed=terrain_seed(np.random.default_rng((VALIDATION, 0))))
-    for t, action in enumerate(episode.actions):
-        if t % 5 == 0:
-            frame = Image.fromarray(env.render())
-            frame.thumbnail((480, 480))
-            text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
-            ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=24)
-            frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
-        space = env.action_space
-        env.step(action.clip(space.low, space.high).astype(space.dtype))
-    env.close()
-    return frames
-
-
-def save_gif(agent: AggreVateDAgent, run_dir: Path) -> None:
-    """`draw_episode` as final.gif and in TensorBoard's IMAGES, where it can be drawn."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    path, env_name = run_dir / "final.gif", agent.config.env_name
-    try:
-        frames = draw_episode(agent)
-    except Exception as error:  # no display, no OpenGL, an environment without pictures
-        print(f"No {path.name}: {env_name} cannot be drawn here ({reason(error)}).")
-        return
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
-    image = Summary.Image(encoded_image_string=path.read_bytes())
-    summary = Summary(value=[Summary.Value(tag="final", image=image)])
-    with SummaryWriter(run_dir) as writer:
-        writer.file_writer.add_summary(summary, agent.iteration)
-
-
 # == 10. Command line ==================================================================
-ANYWAY = {"n_workers", "device", "expert_path"}
-MAY_CHANGE = {  # what can be given anew with an old run
-    "resume": {"max_iteration"} | ANYWAY,
-    "evaluate": {"eval_episodes", "env_name", "env_kwargs"} | ANYWAY,
-}
-
-
 def JSON(text: str) -> dict:  # the name stands in argparse's sentence
     return json.loads(text)
 
@@ -966,27 +858,20 @@ def parse(argv: list[str]) -> dict:
         default, kind = getattr(Config(), f.name), types.get(f.type, f.type)
         note = f.metadata.get("note", "") + (f" (default: {default})" if default else "")
         parser.add_argument(f"--{f.name}", type=kind, help=note)
-        if "_" in f.name:
-            dashed = f"--{f.name.replace('_', '-')}"
-            parser.add_argument(dashed, dest=f.name, type=kind, help=argparse.SUPPRESS)
     return vars(parser.parse_args(argv))
 
 
 def open_agent(options: dict) -> AggreVateDAgent:
     """The agent of a new run, of one to go on with, or of one to score."""
-    mode = next((m for m in MAY_CHANGE if m in options), None)
-    changes = {k: v for k, v in options.items() if k != mode}
-    if mode is None:
+    changes = {k: v for k, v in options.items() if k not in ("resume", "evaluate")}
+    resume = "resume" in options
+    if not resume and "evaluate" not in options:
         config = Config(**changes).check()
-        state = load_checkpoint(config.init_path) if config.init_path else None
-        return AggreVateDAgent(config, state)
-    fixed = sorted(changes.keys() - MAY_CHANGE[mode])
-    if fixed:
-        can = ", ".join(sorted(MAY_CHANGE[mode]))
-        raise UserError(f"--{fixed[0]} cannot change with --{mode}; what can: {can}.")
-    path, resume = Path(options[mode]), mode == "resume"
-    state = load_checkpoint(path / "last.pt" if resume else path)
-    config = replace(state["config"], **changes).check()
+        start = load_checkpoint(config.init_path) if config.init_path else None
+        return AggreVateDAgent(config, start)
+    path = Path(options["resume"]) / "last.pt" if resume else options["evaluate"]
+    state = load_checkpoint(path)
+    config = replace(state["config"], **changes)
     if resume and state["iteration"] >= config.max_iteration:
         made = f"{path} has made its {state['iteration']} iterations"
         raise UserError(f"{made}; a larger --max_iteration makes more.")
@@ -995,47 +880,22 @@ def open_agent(options: dict) -> AggreVateDAgent:
     return agent
 
 
-def print_expert(agent: AggreVateDAgent) -> None:
-    """Which expert, by which critics, and what may make it silently poor."""
-    path, env = agent.expert_path, agent.config.env_name.split(":")[-1]
-    critics = "evaluated" if agent.expert.evaluated else "as SAC left them"
-    print(f"expert {path} (critics {critics})")
-    folders = [path.parent / name for name in ("", path.stem, env)]
-    if any((folder / "vecnormalize.pkl").exists() for folder in folders):
-        print("warning: VecNormalize, with which it was trained, is not applied here")
-
-
 def print_scores(agent: AggreVateDAgent, path: str) -> None:
     """Learner and expert, by their mean actions, on the same fresh terrains."""
     c, returns = agent.config, {}
     print(f"{path}, iteration {agent.iteration}: {c.algorithm} on {c.env_name}")
-    print_expert(agent)
+    print(f"expert {agent.expert}")
     print(f"means of {c.eval_episodes} test episodes ± standard error")
     for who in ("learner", "expert"):
-        episodes = agent.evaluate(who, stream=TEST, bar=who)
-        returns[who] = np.array([t.rewards.sum() for t in episodes])
+        returns[who] = returns_of(agent.evaluate(who, stream=TEST, bar=who))
         print(f"{who:10s} {describe(returns[who], agent.threshold)}")
     print(f"difference {describe(returns['learner'] - returns['expert'])}")
 
 
-def print_banner(agent: AggreVateDAgent, run_dir: Path) -> None:
-    """What is run, with what, and where."""
-    c = agent.config
-    print(f"AggreVaTeD ({c.algorithm}) on {c.env_name}, seed {c.seed}, {agent.device}")
-    print(f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}")
-    print_expert(agent)
-    print(f"run    {run_dir}\nwatch  tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
-
-
 def interrupt(*_) -> None:
-    """Ctrl-C or a kill: stop in good order; the next one, at once."""
-    handle_signals(lambda *_: os._exit(130))
+    """Ctrl-C or a kill: stop in good order; the next Ctrl-C, at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     raise KeyboardInterrupt
-
-
-def handle_signals(handler) -> None:
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
 
 
 def main(argv=None) -> int:
@@ -1049,10 +909,13 @@ def main(argv=None) -> int:
             print_scores(agent, options["evaluate"])
             return 0
         run_dir = Path(run_dir) if run_dir else make_run_dir(agent.config)
-        print_banner(agent, run_dir)
+        c = agent.config
+        print(f"AggreVaTeD ({c.algorithm}) on {c.env_name}, seed {c.seed}, {agent.device}")
+        print(f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}")
+        print(f"expert {agent.expert}")
+        print(f"run    {run_dir}\nwatch  tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
         agent.save_last(run_dir)  # to be resumed even from the first iteration
         agent.train(run_dir)
-        save_gif(agent, run_dir)
         print(f"score  {command} --evaluate {shlex.quote(str(run_dir))}")
         return 0
     except KeyboardInterrupt:
@@ -1068,7 +931,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    handle_signals(interrupt)
-    status = main()
-    handle_signals(signal.SIG_IGN)  # while Python ends, which would restore the defaults
-    sys.exit(status)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(main())

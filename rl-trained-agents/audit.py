@@ -9,11 +9,19 @@ import torch
 from train_sac import FALL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aggrevated import AggreVateDAgent, returns_to_go
+from aggrevated import AggreVateDAgent
 
 AUDIT = 9  # the random stream of its episodes, which neither training nor any validation uses
 BEFORE_FALL = (0, 5), (5, 10), (10, 20), (20, 40), (40, 80), (80, 150)  # steps; 0 is the fall
 TAIL = 500  # steps before a time limit that are left out: 0.99^500 is less than 0.01
+
+
+def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """Discounted sum of the rewards (T,) from each step on."""
+    result = np.array(rewards, dtype=np.float64)
+    for t in reversed(range(len(rewards) - 1)):
+        result[t] += gamma * result[t + 1]
+    return result
 
 
 def what_came(agent: AggreVateDAgent, episodes: list[tuple], price: Callable) -> tuple:

@@ -1,5 +1,4 @@
 import contextlib
-import csv
 import io
 import json
 import signal
@@ -48,8 +47,8 @@ def only_run(log_dir):
 
 
 def evaluations(run):
-    """The rows of evaluations.csv without their seconds."""
-    table = csv.DictReader((run / "evaluations.csv").read_text().splitlines())
+    """A run's evaluations without their seconds."""
+    table = json.loads((run / "evaluations.json").read_text())
     return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
 
 
@@ -84,19 +83,22 @@ def make_agent(small):
 def run_main():
     """run_main(*args, **fields): the command line in this process; its status, out and err."""
 
+    signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
     def run(*args, **fields):
         out, err, argv = io.StringIO(), io.StringIO(), [str(a) for a in args]
         fields |= {k: json.dumps(v) for k, v in fields.items() if isinstance(v, dict)}
         argv += [f"--{k}={v}" for k, v in fields.items()]
-        aggrevated.handle_signals(aggrevated.interrupt)  # as the program does
+        for number in signals:  # as the program does
+            signal.signal(number, aggrevated.interrupt)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = aggrevated.main(argv)
         except SystemExit as end:  # argparse's
             status = end.code
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number, handler in signals.items():
+                signal.signal(number, handler)
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
     return run

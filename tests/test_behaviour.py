@@ -13,11 +13,11 @@ from conftest import checkpoint, equal
 from torch.nn.utils import parameters_to_vector
 
 import aggrevated
-from aggrevated import FAMILY, ROLL_IN, NumpyPolicy, decay_alpha, returns_to_go, roll_in
+from aggrevated import FAMILY, ROLL_IN, NumpyPolicy, decay_alpha, roll_in
 
 TINY = "tiny_envs:Tiny-v0"
 HIGH, SHORT = np.array([0.0, 10, 20, 30]), np.zeros(1)  # terrains differ more than iterates
-ON_POLICY = {"score", "minmax", "reinforce"}
+ON_POLICY = {"score", "minmax"}
 IMITATED = [0, 1.98, -1.98, 1]  # 99 % of the range
 each_member = pytest.mark.parametrize("algorithm", FAMILY)
 
@@ -44,7 +44,7 @@ def train(make_agent, tmp_path_factory, monkeypatch):
 
 @each_member
 def test_alpha_falls_linearly_from_1_to_0(algorithm):
-    expected = dict(bc=7 * [1], reinforce=7 * [0]).get(algorithm, [1, 0.75, 0.5, 0.25, 0, 0, 0])
+    expected = dict(bc=7 * [1]).get(algorithm, [1, 0.75, 0.5, 0.25, 0, 0, 0])
     assert [decay_alpha(FAMILY[algorithm].alpha, n, 4) for n in range(1, 8)] == expected
 
 
@@ -137,14 +137,11 @@ def lesson(agent):
 
 @each_member
 def test_labels_are_what_expert_and_critics_say_and_the_newest_are_kept(labelled, algorithm):
-    gamma = 0.5 if algorithm == "reinforce" else 0.0
-    agent = labelled(algorithm=algorithm, gamma=gamma, candidates=8, max_experience_len=100)
+    agent = labelled(algorithm=algorithm, candidates=8, max_experience_len=100)
     e, expert = agent.experience, agent.expert
-    states, actions, rewards = zip(*(vars(t).values() for t in agent.trajectories))
+    states, actions, _ = zip(*(vars(t).values() for t in agent.trajectories))
     np.testing.assert_array_equal(e["state"], np.concatenate(states))
     np.testing.assert_array_equal(e["action"], np.concatenate(actions))
-    to_go = np.concatenate([returns_to_go(x, gamma or 0.99) for x in rewards])
-    np.testing.assert_allclose(e["to_go"][:, 0], to_go, rtol=1e-5)
     own = torch.from_numpy(expert.predict(np.concatenate(states)))
     assert torch.allclose(e["expert_action"], own, atol=1e-6) == (algorithm != "aggrevated")
     torch.testing.assert_close(e["q_expert"], expert.q_star(e["state"], e["expert_action"]))
@@ -173,14 +170,13 @@ class Known:
     ("aggrevate", IMITATED, [3.5, 3.5, 1, 1 + 2 / 2.25]),  # 1 + 2 * 4 / 2.25 is cut
     ("aggrevated", IMITATED, [1, 3.5, 3.5, 1 + 2 / 2.25]),
     ("minmax", [1.98, 0, -1.98, 0], [0, 0, 1, 0.75]),
-    ("reinforce", [2, 0, -2, 0], np.array([-3, -1, 1, 3]) / 5**0.5),
 ])  # fmt: skip
 def test_targets_and_weights_by_hand(make_agent, algorithm, targets, weights):
     agent = make_agent(algorithm=algorithm, gap_factor=2, gap_cut=3.5)
     agent.expert = Known()
-    best, done, to_go = torch.tensor([[0, 2, -2, 1.0], [2, 0, -2, 0], [1, 3, 5, 7]])[..., None]
+    best, done = torch.tensor([[0, 2, -2, 1.0], [2, 0, -2, 0]])[..., None]
     agent.policy.predict = lambda state: 0 * state[:, :1]  # which loses 0, 4, 4, 1 by Q*
-    agent.experience = dict(state=best / 1.5, action=done, to_go=to_go, expert_action=best)
+    agent.experience = dict(state=best / 1.5, action=done, expert_action=best)
     agent.experience["q_expert"] = 0 * best  # what was done lost 4, 4, 0, 1
     state, target, weight = lesson(agent)
     assert torch.equal(state, best / 1.5) and weight.shape == (4, 1)
@@ -206,7 +202,7 @@ def test_every_member_climbs_q_star(train, make_agent, monkeypatch, algorithm, o
     assert bool(agent.optimizer.state) == (optimizer == "adam")  # natural steps leave it alone
 
 
-@pytest.mark.parametrize("algorithm", ["dagger", "reinforce"])
+@pytest.mark.parametrize("algorithm", ["dagger", "minmax"])
 def test_passes_are_whole_and_shuffled_and_the_step_size_falls_to_0(labelled, algorithm):
     agent, batches, rates = labelled(algorithm=algorithm, train_repeat=2, update_sz=70), [], []
     agent.experience["state"][:, 0] = torch.arange(80)
@@ -260,8 +256,8 @@ def test_learner_comes_near_the_expert_on_pendulum(train, make_agent):
         hidden_dim=64, batch_sz=64, train_repeat=8, update_sz=2000,
     )  # fmt: skip
     untrained = np.mean([t.rewards.sum() for t in agent.evaluate()])
-    learner, expert = (train(agent).returns_of(who) for who in ("learner", "expert"))
-    assert learner[4].mean() > max(expert[1].mean() - 60, untrained + 600)
+    expert, *_, learner = [np.mean(e["returns"]) for e in train(agent).evaluations]
+    assert learner > max(expert - 60, untrained + 600)
 
 
 @pytest.mark.parametrize("algorithm", ["aggrevated", "score"])
@@ -275,7 +271,7 @@ def test_a_run_is_a_function_of_its_seed_however_often_evaluated(train, make_age
         agent.update = lambda *x, f=update: drawn.append(torch.rand(1).item()) or f(*x)
         runs.append(train(agent))
     first, again, other = runs
-    assert [len(x.rows) for x in runs] == [4 + 2 * 4, 1 + 2 * 1, 1 + 2 * 1]
+    assert [len(x.evaluations) for x in runs] == [3, 3, 3]
     assert equal(first.policy.state_dict(), again.policy.state_dict())
     assert equal(first.experience, again.experience)
     assert not torch.equal(first.policy.fc1.weight, other.policy.fc1.weight)
@@ -302,7 +298,9 @@ def test_evaluations_are_of_the_mean_action_to_the_end_on_terrains_of_their_own(
 
 def test_rewards_are_recorded_and_logged_as_sums(train):
     agent = train(env_name=TINY, K=7, max_iteration=7, eval_every=5, eval_episodes=6)
-    assert all(x == {3: 6, 5: 15}[n] for *_, x, n in agent.rows) and len(agent.rows) == 6 + 18
+    returns = [e["returns"] for e in agent.evaluations]
+    assert {x for e in returns for x in e} <= {6, 15}  # of 3 steps and of 5
+    assert [len(e) for e in returns] == [6, 2, 2, 2, 6, 6]
     steps = np.diff([0, *agent.log["time/env_steps"]])
     long = (steps - 7 * 3) / 2  # trajectories of 5 steps, which pay 15; those of 3 pay 6
     np.testing.assert_allclose(agent.log["rollout/episode_reward"], (6 * 7 + 9 * long) / 7)
@@ -320,11 +318,10 @@ def test_rewards_are_recorded_and_logged_as_sums(train):
 ])  # fmt: skip
 def test_best_iterate_is_the_latest_within_two_errors(make_agent, episodes, returns, best):
     agent = make_agent(eval_episodes=episodes)
-    rows = [(n, i, x) for n, values in returns.items() for i, x in enumerate(values)]
-    kept = []
-    for agent.iteration in returns:
-        agent.rows = [(n, 0, 0.0, "learner", i, x, 1) for n, i, x in rows if n <= agent.iteration]
-        kept += [agent.iteration] * agent.is_best()
+    agent.evaluations, kept = [dict(policy="expert", returns=[999.0] * episodes)], []
+    for n, values in returns.items():
+        agent.evaluations.append(dict(policy="learner", returns=values.tolist()))
+        kept += [n] * agent.is_best()
     assert kept[-1] == best
 
 

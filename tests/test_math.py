@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+from collections import defaultdict
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import audit
 import tiny_envs  # noqa: F401  (registers them)
 import torch
 from conftest import make_sac
@@ -15,8 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from aggrevated import (
     FAMILY, AggreVateDAgent, Config, NumpyPolicy, PolicyNetwork, SACExpert, conjugate_gradient,
-    gap_weights, improved_action, mean_kl, natural_step, normalize_q_star, returns_to_go,
-    standardise,
+    imitate_by_gap, improved_action, mean_kl, natural_step, normalize_q_star,
 )  # fmt: skip
 
 BOXES = {
@@ -188,12 +190,16 @@ def test_small_temperature_picks_the_best_candidate_in_the_range(box):
 def test_gap_weights_by_hand_and_all_weights_are_finite_where_all_is_alike(cut, first):
     q_expert, q_learner = torch.tensor([[3.0, 1, 0, -1], [1, 5, -1, -2]])[..., None]
     # gaps 2, 0 (not -4), 1, 1 have mean 1: the weights are 1 + 3 gap
-    weight = gap_weights(q_expert, q_learner, 3.0, cut)
+
+    def weights(q_expert, q_learner):
+        agent = Mock(config=Config(gap_cut=cut), get_q_star=lambda state, action: q_learner)
+        return imitate_by_gap(agent, defaultdict(Mock, q_expert=q_expert))[2]
+
+    weight = weights(q_expert, q_learner)
     torch.testing.assert_close(weight, torch.tensor([first, 1, 4, 4])[:, None])
-    torch.testing.assert_close(gap_weights(70 * q_expert, 70 * q_learner, 3.0, cut), weight)
+    torch.testing.assert_close(weights(70 * q_expert, 70 * q_learner), weight)
     x = torch.ones(4, 1)
-    assert torch.equal(gap_weights(x, x, 3.0, cut), x)
-    assert not normalize_q_star(x).any() and not standardise(x).any()
+    assert torch.equal(weights(x, x), x) and not normalize_q_star(x).any()
 
 
 @pytest.mark.parametrize("rewards", [np.random.default_rng(0).normal(size=30), np.arange(9)])
@@ -201,7 +207,7 @@ def test_gap_weights_by_hand_and_all_weights_are_finite_where_all_is_alike(cut, 
 def test_returns_to_go_are_discounted_sums(rewards, gamma):
     steps = range(len(rewards))
     expected = [sum(gamma ** (k - t) * rewards[k] for k in steps[t:]) for t in steps]
-    np.testing.assert_allclose(returns_to_go(rewards, gamma), expected, atol=1e-12)
+    np.testing.assert_allclose(audit.returns_to_go(rewards, gamma), expected, atol=1e-12)
 
 
 def test_score_function_estimates_the_gradient_of_expected_q_star():

@@ -24,7 +24,6 @@ def place(tmp_path, monkeypatch):
     for module in (common, study):
         monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(study, "RUNS", tmp_path / ".runs")
-    monkeypatch.setattr(study.ag, "save_gif", lambda *_: None)
     for name in ("returns", "evaluations"):
         header = (ROOT / "logs/reference" / f"{name}.csv").read_text().split("\n")[0]
         (tmp_path / f"{name}.csv").write_text(header + "\n")

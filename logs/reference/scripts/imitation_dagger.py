@@ -79,7 +79,7 @@ def train(seed: int, folder: str) -> tuple[Player, list[tuple]]:
         trainer.train(1, **size, rollout_round_min_episodes=1, bc_train_kwargs=updates)  # one round
         steps, seconds = int(np.sum(env.length_queue)), round(time.perf_counter() - started, 1)
         mean = round(float(np.mean(list(env.return_queue)[episodes:])), 3)
-        lines.append((ROW, seed, k + 1, steps, seconds, "roll_in", "", mean, ""))
+        lines.append((ROW, seed, k + 1, steps, seconds, "roll_in", "", mean))
     return Player(policy), lines
 
 

@@ -14,7 +14,7 @@ What is there is not done again.  A run that was killed goes on from its last ch
 """
 
 import argparse
-import csv
+import json
 import os
 import shutil
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common import HERE, ROOT, ROWS, TERRAINS, ag, expert_of, lock, merge, missing, options_of
 from common import score
+from film import save_gif
 import torch
 
 RUNS = ROOT / ".runs"  # not below logs/, where TensorBoard would find them
@@ -50,8 +51,6 @@ def train(row: str, seed: int) -> Path:
     if last is None:
         shutil.rmtree(folder, ignore_errors=True)  # it was killed before its first checkpoint
         argv = [f"--{k}={v}" for k, v in options.items()]
-    if (row, seed) != ("aggrevated", 0):
-        ag.save_gif = lambda *_: None  # one film is enough
     if ag.main(argv):
         sys.exit(f"{row}, seed {seed}, has stopped; the same command goes on")
     (last,) = folder.glob("*/last.pt")
@@ -64,18 +63,19 @@ def train(row: str, seed: int) -> Path:
 
 def keep(row: str, seed: int, run: Path) -> None:
     """What is committed of a run: its numbers, some policies, and one run's events and film."""
-    with open(run / "evaluations.csv", newline="") as file:
-        lines = [(*x[:5], round(float(x[5]), 3), x[6]) for x in list(csv.reader(file))[1:]]
-    merge("evaluations", [(row, seed, *line) for line in lines])
+    lines = []
+    for e in json.loads((run / "evaluations.json").read_text()):
+        now = row, seed, e["iteration"], e["env_steps"], round(e["seconds"], 1), e["policy"]
+        lines += [(*now, i, round(x, 3)) for i, x in enumerate(e["returns"])]
+    merge("evaluations", lines)
     if seed in ROWS[row].get("keep", []):
         (HERE / "policies").mkdir(exist_ok=True)
         shutil.copy(run / "best.pt", HERE / "policies" / f"{row}_s{seed}.pt")
     if (row, seed) == ("aggrevated", 0):
         shutil.rmtree(HERE / "aggrevated_s0", ignore_errors=True)
-        other = shutil.ignore_patterns("*.pt", "*.csv", "*.gif")
+        other = shutil.ignore_patterns("*.pt", "evaluations.json")
         shutil.copytree(run, HERE / "aggrevated_s0", ignore=other)
-        if (run / "final.gif").exists():
-            shutil.copy(run / "final.gif", HERE / "figures" / "learner.gif")
+        save_gif(run, HERE / "figures" / "learner.gif")
 
 
 def policies_of(run: Path) -> dict:

@@ -1,0 +1,55 @@
+"""A film of a policy on the first validation terrain.
+
+    python logs/reference/scripts/film.py logs/RUN [FILM.gif]     by default logs/RUN/final.gif
+
+RUN is the folder of a run, whose best iterate plays, or a policy file.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from common import ag, terrain_seed
+from PIL import Image, ImageDraw
+
+EVERY, SIZE = 5, (480, 480)  # steps between pictures; their largest size
+
+
+def draw_episode(agent: "ag.AggreVateDAgent") -> list[Image.Image]:
+    """Every fifth step of the policy's episode, with step and return."""
+    c, frames, episode = agent.config, [], agent.evaluate(n_episodes=1)[0]
+    env = ag.make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
+    env.reset(seed=terrain_seed((ag.VALIDATION, 0)))
+    for t, action in enumerate(episode.actions):
+        if t % EVERY == 0:
+            frame = Image.fromarray(env.render())
+            frame.thumbnail(SIZE)
+            text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
+            ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=24)
+            frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
+        space = env.action_space
+        env.step(action.clip(space.low, space.high).astype(space.dtype))
+    env.close()
+    return frames
+
+
+def save_gif(run: Path, path: Path) -> None:
+    """The film of a run's best iterate; UserError unless the run and its pictures are there."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    agent = ag.open_agent(dict(evaluate=run, n_workers=1, device="cpu"))
+    name = agent.config.env_name
+    with ag.user_error_if(Exception, f"{name} cannot be drawn here"):  # no OpenGL, no pictures
+        frames = draw_episode(agent)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit(__doc__)
+    run, *film = map(Path, sys.argv[1:])
+    path = film[0] if film else (run if run.is_dir() else run.parent) / "final.gif"
+    try:
+        save_gif(run, path)
+    except ag.UserError as error:
+        sys.exit(f"error: {error}")
+    print(path)
