@@ -693,9 +693,8 @@ class AggreVateDAgent:
         if not self.evaluations:
             expert = self.record("expert", episodes)
             if solved and expert.mean() < solved - abs(solved) / 2:
-                tqdm.write(
-                    f"warning: the expert is poor, {solved:g} is solved; is it the right one?"
-                )
+                mend = "is it of this task, trained without a wrapper (VecNormalize)?"
+                tqdm.write(f"warning: the expert is poor, {solved:g} is solved; {mend}")
         learner = self.record("learner", episodes if whole else math.ceil(episodes / 4))
         expert = np.array(self.evaluations[0]["returns"][: len(learner)])
         (run_dir / "evaluations.json").write_text(json.dumps(self.evaluations))

@@ -338,7 +338,7 @@ def draw_candidates(axes, column: str, critics: str) -> None:
         axes.plot(x, y, **style(method, linestyle="", alpha=0.3, markersize=3, label=place))
     said, came = tried(column), tried("came")
     for x in np.array_split(said.argsort(), 6):
-        y, error = ag.mean_and_error(came[x])
+        y, error = came[x].mean(), ag.standard_error(came[x])
         axes.errorbar(said[x].mean(), y, 2 * error, fmt="s", color="black", markersize=4, capsize=3)
     axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
     axes.set(xlabel=f"better by {critics} critics", ylabel="really better by", xlim=(-1.1, 1.1))

@@ -38,8 +38,13 @@ if __name__ == "__main__":
         table.writerow("noise mean_return standard_error whole_episodes median_length".split())
         for x in (0, 0.25, 0.5, 1):
             how = players, "Hopper-v5", {}, 0.0, x, 1000
-            rewards = [ag.roll_in(*how, (HOPPER, i)).rewards for i in range(100)]
-            mean, error = ag.mean_and_error(np.array([r.sum() for r in rewards]))
-            lengths = np.array([len(r) for r in rewards])
-            line = x, mean, error, np.mean(lengths == 1000), np.median(lengths)
+            played = [ag.roll_in(*how, (HOPPER, i)) for i in range(100)]
+            returns, lengths = ag.returns_of(played), np.array([len(t.rewards) for t in played])
+            line = (
+                x,
+                returns.mean(),
+                ag.standard_error(returns),
+                np.mean(lengths == 1000),
+                np.median(lengths),
+            )
             table.writerow([round(float(value), 3) for value in line])
