@@ -112,9 +112,11 @@ def measure_program(options: dict) -> None:
         process = subprocess.Popen([sys.executable, THIS, *argv], **silent)
         while process.poll() is None:
             time.sleep(0.2)
-            table = "".join(x.read_text() for x in Path(log_dir).glob("*/evaluations.csv"))
-            first = first or (",learner," in table) * (time.perf_counter() - started)
-        whole, training = time.perf_counter() - started, float(table.split(",")[-5])
+            logs = [path.read_text() for path in Path(log_dir).glob("*/evaluations.json")]
+            first = first or ("learner" in "".join(logs)) * (time.perf_counter() - started)
+        whole = time.perf_counter() - started
+        (log,) = Path(log_dir).glob("*/evaluations.json")
+        training = json.loads(log.read_text())[-1]["seconds"]
     report("whole `python aggrevated.py`", whole, "s")
     report("its training alone", training, "s")
     report("whole run over its training alone", whole / training)

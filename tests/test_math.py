@@ -236,8 +236,11 @@ def test_score_function_estimates_the_gradient_of_expected_q_star():
 
 def test_score_function_lets_no_state_outweigh_a_minibatch():
     policy, state = make_policy(BOXES["one"]), states(500)
+    agent = SimpleNamespace(policy=policy, get_q_star=lambda s, a: 70 * a[:, :1])
+    weight = FAMILY["score"].targets_and_weights(agent, dict(state=state))[2]
+    assert weight.std().item() == pytest.approx(1, abs=0.01)  # whatever the scale of Q*
     steepness = 1 + 1e6 * (torch.arange(1000) % 500 == 7)  # both samples of one state
-    agent = SimpleNamespace(policy=policy, get_q_star=lambda s, a: a[:, :1] * steepness[:, None])
+    agent.get_q_star = lambda s, a: a[:, :1] * steepness[:, None]
     weight = FAMILY["score"].targets_and_weights(agent, dict(state=state))[2]
     assert weight.shape == (1000, 1) and weight.abs().max() == 5
     torch.testing.assert_close(weight[:500], -weight[500:])  # what both share is no advantage
