@@ -6,14 +6,14 @@ expert's cost-to-go Q*.  Rewards are maximised here where the paper minimises co
     python aggrevated.py                        train with the defaults
     python aggrevated.py --seed 3 --K 20        every Config field is an option
     python aggrevated.py --resume logs/RUN      go on where a run was stopped
-    python aggrevated.py --evaluate logs/RUN    score its best iterate on fresh episodes
+    python aggrevated.py --evaluate logs/RUN    score its best iterate on test episodes
 
-The paper's Algorithm 1 is `AggreVateDAgent.train`; what is made likelier, and with which
-weight, is what the algorithms differ in: see FAMILY.  The default's target is the expert's
-action, its weight how much worse the learner's own action is there by Q*: cost-weighted
-imitation, a regression that needs few steps.  With critics that were evaluated
-(rl-trained-agents/evaluate_critics.py) the target is improved by them, and the learner
-passes its expert.  `--algorithm score` is the paper's gradient.
+The paper's Algorithm 1 is `AggreVateDAgent.train`; what is made likelier, and with what
+weight, is what the algorithms differ in: see FAMILY.  The default's target is the
+expert's action, its weight how much worse the learner's own action is there by Q*:
+cost-weighted imitation, a regression that needs few steps and keeps all data.  With
+critics that were evaluated (rl-trained-agents/evaluate_critics.py) the target is improved
+by them, and the learner passes its expert.  `--algorithm score` is the paper's gradient.
 
 best.pt is the latest iterate within two standard errors of the one with the highest mean.
 """
@@ -31,7 +31,6 @@ import textwrap
 import threading
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -57,7 +56,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 # Random streams, pure functions of (purpose, ...): evaluating more often cannot disturb
-# training, and a resumed run needs no generator states.  Numbers left out are used up.
+# training, and a resumed run needs no generator states.  The learner's first weights come
+# from torch's generator, seeded with `seed`.  Other numbers are used up elsewhere.
 ROLL_IN = 0  # + (seed, n, k): terrain, mixture, noise of iteration n's trajectory k
 UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
 VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
@@ -73,11 +73,6 @@ class UserError(Exception):
     """What a user can mend; the message is one sentence that says how."""
 
 
-# what reading a damaged file raises
-BAD_FILE = OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile
-BAD_FILE += pickle.UnpicklingError, zlib.error
-
-
 @contextmanager
 def user_error_if(errors, sentence: str):
     """These errors inside become a UserError that says so and names the mend."""
@@ -89,10 +84,9 @@ def user_error_if(errors, sentence: str):
 
 
 # == 1. Config: every setting ==========================================================
-def option(default, note: str, low=-math.inf, high=math.inf, choices=()):
-    """A Config field with its note (unit, why, sensible range) and its legal values."""
-    legal = dict(note=note, low=low, high=high, choices=choices)
-    return field(default_factory=lambda: default, metadata=legal)
+def option(default, note: str, low=-math.inf, high=math.inf):
+    """A Config field with its note (unit, why, sensible range) and its legal range."""
+    return field(default_factory=lambda: default, metadata=dict(note=note, low=low, high=high))
 
 
 @dataclass
@@ -103,17 +97,17 @@ class Config:
     env_kwargs: dict = option({}, "more for gym.make, as JSON")
     expert_path: str = option("", "SAC zip; none: rl-trained-agents/sac/ENV_1/ENV.zip")
     algorithm: str = option("aggrevated", "bc dagger aggrevate aggrevated score minmax")
-    optimizer: str = option("adam", "adam or natural", choices=("adam", "natural"))
+    optimizer: str = option("adam", "adam or natural")
     init_path: str = option("", "run or policy file to start from; none: at random")
     seed: int = option(0, "decides all that is random", 0, 2**32)
-    device: str = option("auto", "auto takes CUDA if there is one; or cpu", choices=("auto", "cpu"))
+    device: str = option("auto", "auto takes CUDA if there is one; or cpu")
     n_workers: int = option(2, "processes that simulate, threads of the update", 1, 64)
     max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", 1)
     alpha_decay_iterations: int = option(4, "iterations until alpha is 0; 3 to 60", 1)
     K: int = option(10, "trajectories per iteration; 5 to 100", 1)
     H: int = option(2000, "longest trajectory [steps]; the task's limit is 2000", 1)
     roll_in_noise: float = option(1.0, "scale of the learner's noise in roll-ins", 0, 10)
-    max_experience_len: int = option(300_000, "newest transitions that are kept", 1)
+    max_experience_len: int = option(300_000, "newest transitions that are kept", 1, 2**24)
     candidates: int = option(16, "M actions around the expert's, weighed by Q*", 1, 1024)
     candidate_noise: float = option(0.3, "their deviation; actions in [-1, 1]", 0, 2)
     temperature: float = option(0.25, "tau of their softmax [Q*]; 0.1 to 1", 1e-6, 1e6)
@@ -133,19 +127,20 @@ class Config:
     def check(self) -> "Config":
         """UserError unless all types and ranges are right; 3e5 is a whole number."""
         for f in fields(self):
-            value, limits = getattr(self, f.name), option(None, "").metadata | f.metadata
-            if f.type in (int, float) and type(value) in (int, float) and value % 1 == 0:
+            value, legal = getattr(self, f.name), option(None, "").metadata | f.metadata
+            number = f.type in (int, float) and type(value) in (int, float)
+            if number and value % 1 == 0:
                 value = f.type(value)
                 setattr(self, f.name, value)
             if type(value) is not f.type:
                 raise UserError(f"{f.name} is {value!r}; its type is {f.type.__name__}.")
-            low, high = limits["low"], limits["high"]
-            if f.type in (int, float) and not low <= value <= high:
-                legal = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise UserError(f"{f.name} is {value}; give {legal}.")
-            choices = tuple(FAMILY) if f.name == "algorithm" else limits["choices"]
-            if choices and value not in choices:
-                raise UserError(f"{f.name} is {value}; give one of {', '.join(choices)}.")
+            if number and not legal["low"] <= value <= legal["high"]:
+                raise UserError(f"{f.name} is {value}; give {legal['low']} to {legal['high']}.")
+        names = dict(algorithm=FAMILY, optimizer=("adam", "natural"), device=("auto", "cpu"))
+        for name, known in names.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} is {value}; give one of {', '.join(known)}.")
         return self
 
 
@@ -204,15 +199,11 @@ class PolicyNetwork(nn.Module):
 
     def clip_to_range(self, action, share=0.99):
         """Actions cut to this share of the range; experts act at its very ends."""
-        reach = share * self.scale
-        return action.clamp(self.offset - reach, self.offset + reach)
+        return action.clamp(self.offset - share * self.scale, self.offset + share * self.scale)
 
 
 class NumpyPolicy:
-    """A PolicyNetwork's weights as arrays: for one state torch takes five times as long.
-
-    It plays, and is what `load_policy` gives: SB3's `evaluate_policy` takes it.
-    """
+    """A PolicyNetwork's weights as arrays: torch takes five times as long for a state."""
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         self.w = {name: x.cpu().numpy() for name, x in weights.items()}
@@ -231,7 +222,7 @@ class NumpyPolicy:
         return w["offset"] + w["scale"] * np.tanh(u)
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
-        """SB3's: (action, state), by the mean or sampled, of one observation or a batch."""
+        """As in SB3: (action, state), by the mean or sampled, of an observation or many."""
         observation = np.asarray(observation, dtype=np.float32)
         shape = *observation.shape[:-1], len(self.w["scale"])
         noise = 0.0 if deterministic else np.random.standard_normal(shape)
@@ -239,24 +230,16 @@ class NumpyPolicy:
 
 
 # == 3. The expert: a SAC agent whose twin critics are Q* ==============================
-OTHER_EXPERT = "set --expert_path to a SAC zip of this task"
-
-
 def layer_sizes(weights: dict, prefix: str) -> list[int]:
     """Output sizes of the linear layers under a prefix, in order."""
     return [len(w) for k, w in weights.items() if k.startswith(prefix) and w.ndim == 2]
 
 
 def read_sac_zip(path) -> tuple[dict, dict]:
-    """Weights and settings of an SB3 SAC agent, no code; UserError unless it is one."""
-    if not Path(path).exists():
-        raise UserError(f"There is no {path}; {OTHER_EXPERT}.")
-    with user_error_if(BAD_FILE, f"{path} is damaged or no SB3 agent; {OTHER_EXPERT}"):
-        with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as pth:
-            weights = torch.load(pth, map_location="cpu", weights_only=True)
-            data = json.loads(archive.read("data"))
-        data["gamma"] = float(data["gamma"])
-    return weights, data
+    """Weights and settings of an SB3 agent; no code is run."""
+    with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as pth:
+        weights = torch.load(pth, map_location="cpu", weights_only=True)
+        return weights, json.loads(archive.read("data"))
 
 
 class SACExpert:
@@ -268,23 +251,24 @@ class SACExpert:
     """
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
-        weights, data = read_sac_zip(path)
-        kwargs = data.get("policy_kwargs") or {}  # "activation_fn": "<class '...ReLU'>"
-        activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
-        pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
-        how = dict(
-            net_arch=dict(pi=pi, qf=qf[:-1]),
-            activation_fn=getattr(nn, activation),
-            use_sde=bool(data.get("use_sde")),
-            clip_mean=float(kwargs.get("clip_mean", 2.0)),
-            n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
-        )
-        errors = RuntimeError, ValueError
-        with user_error_if(errors, f"{path} is no SAC agent or does not fit; {OTHER_EXPERT}"):
+        with user_error_if(
+            Exception, f"{path} is missing or no SAC zip of this task; set --expert_path"
+        ):
+            weights, data = read_sac_zip(path)
+            kwargs = data.get("policy_kwargs") or {}  # "activation_fn": "<class '...ReLU'>"
+            activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
+            pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
+            how = dict(
+                net_arch=dict(pi=pi, qf=qf[:-1]),
+                activation_fn=getattr(nn, activation),
+                use_sde=bool(data.get("use_sde")),
+                clip_mean=float(kwargs.get("clip_mean", 2.0)),
+                n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
+            )
             policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **how)
             policy.load_state_dict(weights)
-        self.gamma, self.evaluated = data["gamma"], data.get("critics_evaluated")
-        self.path = path
+            self.path, self.gamma = path, float(data["gamma"])
+            self.evaluated = data.get("critics_evaluated")
         policy.requires_grad_(False)
         self.mean = nn.Sequential(policy.actor.latent_pi, policy.actor.mu)
         self.critic = policy.critic.to(device)
@@ -303,7 +287,7 @@ class SACExpert:
 
     @torch.inference_mode()
     def predict(self, state: np.ndarray) -> np.ndarray:
-        """The deterministic action, in the environment's units, of one state or a batch."""
+        """The deterministic action, in the environment's units, of a state or many."""
         x = state
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight + bias, 0)
@@ -382,8 +366,12 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the parent's handler
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # == 5. The family: what its members make likelier, and how much =======================
@@ -400,9 +388,9 @@ def expert_action(agent, state):
 def improved_action(agent, state):
     """The mean of M candidates around a*, weighed by softmax(A / tau), (N, action_dim).
 
-    The weights are those of MPO's E-step (Abdolmaleki et al. 2018) with the expert as the
-    proposal.  A is pessimistic, the smallest of all critics' Q_i(s, a) - Q_i(s, a*): they
-    must agree that a candidate is better.  Critics that were not evaluated improve nothing.
+    The weights are those of MPO's E-step (Abdolmaleki et al. 2018), with the expert as
+    the proposal.  A is the smallest of all critics' Q_i(s, a) - Q_i(s, a*): they must
+    agree that a candidate is better.  Critics that were not evaluated improve nothing.
     """
     c, improved, a_star = agent.config, [], expert_action(agent, state)
     if c.candidates == 1 or not agent.expert.evaluated:
@@ -421,30 +409,30 @@ def improved_action(agent, state):
 # Each of these gives (states, what to make likelier there, its weight (N, 1)).
 def imitate(agent, data):
     """The expert's action, everywhere alike."""
-    target = agent.policy.clip_to_range(data["expert_action"])
-    return data["state"], target, torch.ones_like(data["q_expert"])
+    target = agent.policy.clip_to_range(data["target"])
+    return data["state"], target, torch.ones_like(data["q_target"])
 
 
 def imitate_by_gap(agent, data, action=None):
     """The expert's action, by w = min(1 + gap_factor * gap / mean(gap), gap_cut).
 
-    gap = max(0, Q*(s, a*) - Q*(s, a)): what `action` costs, by default the learner's own.
+    gap = max(0, Q*(s, a*) - Q*(s, action)), by default of the learner's own mean action.
     """
     c = agent.config
-    gap = (data["q_expert"] - agent.get_q_star(data["state"], action)).clamp(min=0)
+    gap = (data["q_target"] - agent.get_q_star(data["state"], action)).clamp(min=0)
     mean = gap.mean().clamp(min=1e-4)  # less is rounding
     weight = (1 + c.gap_factor * gap / mean).clamp(max=c.gap_cut)
-    return data["state"], agent.policy.clip_to_range(data["expert_action"]), weight
+    return data["state"], agent.policy.clip_to_range(data["target"]), weight
 
 
 def imitate_by_executed_gap(agent, data):
-    """The expert's action, by what the executed one cost: AggreVaTe's."""
+    """The expert's action, by what the executed one cost, as AggreVaTe learns."""
     return imitate_by_gap(agent, data, data["action"])
 
 
 @torch.no_grad()  # the samples are data; pathwise gradients would be another estimator
 def score_function(agent, data):
-    """The paper's gradient: the learner's own samples by Q* less its mean over two of them.
+    """The paper's gradient: the learner's samples by Q* less its mean over two of them.
 
     On-policy in a natural step or a single minibatch; later ones have moved theta since.
     """
@@ -466,7 +454,7 @@ def min_max(agent, data):
 class Member:
     """All that makes one algorithm of the family differ from another."""
 
-    alpha: tuple[float, float]  # the expert's share of the roll-in, at first and at last
+    last_alpha: float  # the expert's share of the roll-in, which falls from 1 to this
     keeps_data: bool  # True: of all iterations, drawn in proportion to weights >= 0;
     # False: of this iteration alone, and weights of either sign multiply the loss
     label: Callable  # (agent, states) -> the action to imitate
@@ -474,19 +462,13 @@ class Member:
 
 
 FAMILY = {
-    "bc": Member((1, 1), True, expert_action, imitate),
-    "dagger": Member((1, 0), True, expert_action, imitate),
-    "aggrevate": Member((1, 0), True, expert_action, imitate_by_executed_gap),
-    "aggrevated": Member((1, 0), True, improved_action, imitate_by_gap),
-    "score": Member((1, 0), False, expert_action, score_function),
-    "minmax": Member((1, 0), False, expert_action, min_max),
+    "bc": Member(1.0, True, expert_action, imitate),
+    "dagger": Member(0.0, True, expert_action, imitate),
+    "aggrevate": Member(0.0, True, expert_action, imitate_by_executed_gap),
+    "aggrevated": Member(0.0, True, improved_action, imitate_by_gap),
+    "score": Member(0.0, False, expert_action, score_function),
+    "minmax": Member(0.0, False, expert_action, min_max),
 }
-
-
-def decay_alpha(alpha: tuple[float, float], n: int, iterations: int) -> float:
-    """The mixing rate alpha_n: linear from its first value to its last, where it stays."""
-    first, last = alpha
-    return last + (first - last) * max(0.0, 1.0 - (n - 1) / iterations)
 
 
 # == 6. The natural step (section 5.2) =================================================
@@ -495,7 +477,7 @@ CG_ITERATIONS, DAMPING, HALVINGS = 10, 0.1, 10  # the first author's
 
 
 def mean_kl(old, new) -> torch.Tensor:
-    """Mean KL(old || new) of Gaussians (mean, std), the same before and after the tanh."""
+    """Mean KL(old || new) of Gaussians (mean, std), the same after the tanh."""
     return kl_divergence(Normal(*old), Normal(*new)).sum(dim=1).mean()
 
 
@@ -586,11 +568,10 @@ class AggreVateDAgent:
         c = self.config
         # pickled once for all; torch would send an expert's tensors as shared memory
         players = pickle.dumps((NumpyPolicy(self.policy.state_dict()), self.expert))
-        how = players, c.env_name, c.env_kwargs, alpha, noise_scale, horizon
+        play = partial(roll_in, players, c.env_name, c.env_kwargs, alpha, noise_scale, horizon)
         run = self.pool.map if c.n_workers > 1 else map  # a single one: this process
         with user_error_if(BrokenExecutor, "A worker was killed; set fewer --n_workers"):
-            played = run(partial(roll_in, *how), streams)
-            return list(tqdm(played, bar, total=len(streams), disable=bar is None))
+            return list(tqdm(run(play, streams), bar, total=len(streams), disable=bar is None))
 
     @torch.no_grad()
     def get_q_star(self, state, action=None):
@@ -604,29 +585,25 @@ class AggreVateDAgent:
 
     @torch.no_grad()
     def label(self, trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
-        """What was done and what the expert would do in all visited states, (N, ...) each."""
-        arrays = dict(
-            state=np.concatenate([t.states for t in trajectories]),
-            action=np.concatenate([t.actions for t in trajectories], dtype=np.float32),
-        )
-        data = {k: torch.from_numpy(x).to(self.device) for k, x in arrays.items()}
-        data["expert_action"] = self.member.label(self, data["state"])  # perhaps improved
-        data["q_expert"] = self.get_q_star(data["state"], data["expert_action"])
-        return data
+        """What was done, and what is to be imitated, in all visited states: (N, ...)."""
+        state = torch.from_numpy(np.concatenate([t.states for t in trajectories])).to(self.device)
+        action = torch.from_numpy(np.concatenate([t.actions for t in trajectories])).to(self.device)
+        target = self.member.label(self, state)  # the expert's action, perhaps improved
+        q = self.get_q_star(state, target)
+        return dict(state=state, action=action, target=target, q_target=q)
 
     def keep(self, new: dict[str, torch.Tensor]) -> None:
         """Append the new data and drop the oldest, or replace all of them."""
         old = self.experience if self.member.keeps_data else {}
-        joined = {k: torch.cat([old.get(k, x[:0]), x]) for k, x in new.items()}
-        limit = self.config.max_experience_len
-        self.experience = {k: x[-limit:] for k, x in joined.items()}
+        n = self.config.max_experience_len
+        self.experience = {k: torch.cat([old.get(k, x[:0]), x])[-n:] for k, x in new.items()}
 
     def loss(self, state, target, weight):
         """-mean(w log pi(target | s)); (N, 1) * (N, 1)."""
         return -(weight * self.policy.get_log_prob(state, target)).mean()
 
     def update(self, state, target, weight) -> float:
-        """Draw `update_sz` transitions and step theta by them (line 5): the mean loss."""
+        """Step theta by `update_sz` drawn transitions (line 5); the mean loss."""
         c = self.config
         if self.member.keeps_data:
             probability = weight[:, 0].double().cpu()  # less noise than weights in the loss
@@ -664,7 +641,7 @@ class AggreVateDAgent:
         return [natural_step(self.policy, loss_of, data[0], c.kl_step) for _ in repeats]
 
     def evaluate(self, who="learner", n_episodes=None, stream=VALIDATION, bar=None):
-        """Trajectories of "learner" or "expert", mean actions, always on the same terrains."""
+        """Trajectories of "learner" or "expert", mean actions, on the same terrains."""
         streams = [(stream, i) for i in range(n_episodes or self.config.eval_episodes)]
         return self.simulate(streams, float(who == "expert"), 0.0, self.horizon, bar)
 
@@ -675,7 +652,7 @@ class AggreVateDAgent:
         return returns
 
     def is_best(self) -> bool:
-        """Whether this iterate is within two standard errors of the one with the highest mean.
+        """Whether this iterate is within two errors of the one with the highest mean.
 
         Differences and their errors are paired, on the same terrains: the highest mean of
         20 episodes is often luck.  Short evaluations count only while there is no other.
@@ -720,7 +697,7 @@ class AggreVateDAgent:
         self.save(run_dir / "last.pt", **more, evaluations=self.evaluations)
 
     def load(self, state: dict, resume: bool) -> None:
-        """Take a checkpoint's policy, or all of it to resume; UserError if it does not fit."""
+        """Take a checkpoint's policy, or all to resume; UserError if it does not fit."""
         with user_error_if(RuntimeError, "Its sizes differ; check --hidden_dim and --env_name"):
             self.policy.load_state_dict(state["policy"])
         if resume:
@@ -737,19 +714,19 @@ class AggreVateDAgent:
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             started = time.perf_counter()
             torch.manual_seed(int(np.random.default_rng((UPDATE, c.seed, n)).integers(2**62)))
-            alpha = decay_alpha(self.member.alpha, n, c.alpha_decay_iterations)
+            alpha = max(self.member.last_alpha, 1.0 - (n - 1) / c.alpha_decay_iterations)
             streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
             trajectories = self.simulate(streams, alpha, c.roll_in_noise, c.H)
             new = self.label(trajectories)
             if n == 1 and not c.init_path:
                 self.policy.standardise_inputs(new["state"])
-            gap = new["q_expert"] - self.get_q_star(new["state"])  # for the log
+            gap = new["q_target"] - self.get_q_star(new["state"])  # for the log
             self.keep(new)
-            targets = self.member.targets_and_weights(self, self.experience)
-            loss = self.update(*targets)
+            states, targets, weights = self.member.targets_and_weights(self, self.experience)
+            loss = self.update(states, targets, weights)
             self.iteration, self.env_steps = n, self.env_steps + len(new["state"])
             self.seconds += time.perf_counter() - started
-            now = {
+            scalars = {
                 "train/loss": loss,
                 "train/alpha": alpha,
                 "train/q_gap": gap.cpu().numpy(),
@@ -757,7 +734,7 @@ class AggreVateDAgent:
                 "time/env_steps": self.env_steps,
                 "time/seconds": self.seconds,
             }
-            log(writer, n, now)
+            log(writer, n, scalars)
             whole = n % c.eval_every == 0 or n == c.max_iteration
             if whole or n <= EARLY:
                 learner, expert = self.validate(run_dir, whole)
@@ -766,7 +743,7 @@ class AggreVateDAgent:
             self.save_last(run_dir)
 
 
-# == 9. Logs, files, pictures ==========================================================
+# == 9. Logs and files =================================================================
 def standard_error(x: np.ndarray) -> float:
     """Of the mean; NaN for a single number."""
     return x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
@@ -797,7 +774,7 @@ def log(writer: SummaryWriter, n: int, scalars: dict) -> None:
 
 
 def open_logs(run_dir: Path, config: Config, first: int):
-    """TensorBoard's writers: the learner's, and the expert's, beside it as its own run."""
+    """TensorBoard's writers: the learner's, and below it the expert's own run."""
     settings = asdict(config)
     (run_dir / "config.json").write_text(json.dumps(settings, indent=1))
     writer = SummaryWriter(run_dir, purge_step=first)
@@ -812,7 +789,7 @@ def open_logs(run_dir: Path, config: Config, first: int):
 def make_run_dir(c: Config) -> Path:
     """A fresh folder below log_dir; UserError if it cannot be made."""
     env = c.env_name.split(":")[-1].replace("/", "-")
-    now = datetime.now().strftime("%Y%m%d_%H%M%S_%f")
+    now = datetime.now().strftime("%Y%m%d_%H%M%S_%f")[:-3]  # milliseconds
     run_dir = Path(c.log_dir) / f"{c.algorithm}_{env}_s{c.seed}_{now}"
     with user_error_if(OSError, "The run folder cannot be written; set --log_dir"):
         run_dir.mkdir(parents=True)
@@ -820,14 +797,10 @@ def make_run_dir(c: Config) -> Path:
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint, of a run folder best.pt; no code is run; UserError unless it is one."""
+    """A checkpoint, of a folder best.pt; no code is run; UserError unless it is one."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise UserError(
-            f"There is no {path}; give a policy file, or a run's folder, or --resume it."
-        )
-    errors = *BAD_FILE, TypeError  # of a Config with other fields
-    with user_error_if(errors, f"{path} is damaged or of another program; give another"):
+    wrong = "is missing (not evaluated yet?), damaged or of another program; give another"
+    with user_error_if(Exception, f"{path} {wrong}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']}, not {FORMAT}: train anew")
@@ -872,8 +845,9 @@ def open_agent(options: dict) -> AggreVateDAgent:
     state = load_checkpoint(path)
     config = replace(state["config"], **changes)
     if resume and state["iteration"] >= config.max_iteration:
-        made = f"{path} has made its {state['iteration']} iterations"
-        raise UserError(f"{made}; a larger --max_iteration makes more.")
+        raise UserError(f"{path} has all its iterations; --max_iteration makes more.")
+    if resume and "eval_episodes" in changes:
+        raise UserError("--eval_episodes cannot change with --resume; give it to --evaluate.")
     agent = AggreVateDAgent(config, state, resume)
     agent.iteration = state["iteration"]  # to say what is scored
     return agent

@@ -2,7 +2,6 @@
 
 import pickle
 from collections import defaultdict
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,7 +12,7 @@ from conftest import checkpoint, equal
 from torch.nn.utils import parameters_to_vector
 
 import aggrevated
-from aggrevated import FAMILY, ROLL_IN, NumpyPolicy, decay_alpha, roll_in
+from aggrevated import FAMILY, ROLL_IN, NumpyPolicy, roll_in
 
 TINY = "tiny_envs:Tiny-v0"
 HIGH, SHORT = np.array([0.0, 10, 20, 30]), np.zeros(1)  # terrains differ more than iterates
@@ -43,9 +42,10 @@ def train(make_agent, tmp_path_factory, monkeypatch):
 
 
 @each_member
-def test_alpha_falls_linearly_from_1_to_0(algorithm):
+def test_alpha_falls_linearly_from_1_to_0(train, algorithm):
+    how = dict(alpha_decay_iterations=4, max_iteration=7, eval_every=7, K=1, H=5)
     expected = dict(bc=7 * [1]).get(algorithm, [1, 0.75, 0.5, 0.25, 0, 0, 0])
-    assert [decay_alpha(FAMILY[algorithm].alpha, n, 4) for n in range(1, 8)] == expected
+    assert train(algorithm=algorithm, **how).log["train/alpha"] == expected
 
 
 class Player:
@@ -143,8 +143,8 @@ def test_labels_are_what_expert_and_critics_say_and_the_newest_are_kept(labelled
     np.testing.assert_array_equal(e["state"], np.concatenate(states))
     np.testing.assert_array_equal(e["action"], np.concatenate(actions))
     own = torch.from_numpy(expert.predict(np.concatenate(states)))
-    assert torch.allclose(e["expert_action"], own, atol=1e-6) == (algorithm != "aggrevated")
-    torch.testing.assert_close(e["q_expert"], expert.q_star(e["state"], e["expert_action"]))
+    assert torch.allclose(e["target"], own, atol=1e-6) == (algorithm != "aggrevated")
+    torch.testing.assert_close(e["q_target"], expert.q_star(e["state"], e["target"]))
     new = agent.label(agent.simulate(streams(2, iteration=2), 0.0, 1.0, 40))
     agent.keep(new)
     for name, kept in agent.experience.items():
@@ -176,8 +176,8 @@ def test_targets_and_weights_by_hand(make_agent, algorithm, targets, weights):
     agent.expert = Known()
     best, done = torch.tensor([[0, 2, -2, 1.0], [2, 0, -2, 0]])[..., None]
     agent.policy.predict = lambda state: 0 * state[:, :1]  # which loses 0, 4, 4, 1 by Q*
-    agent.experience = dict(state=best / 1.5, action=done, expert_action=best)
-    agent.experience["q_expert"] = 0 * best  # what was done lost 4, 4, 0, 1
+    agent.experience = dict(state=best / 1.5, action=done, target=best)
+    agent.experience["q_target"] = 0 * best  # what was done lost 4, 4, 0, 1
     state, target, weight = lesson(agent)
     assert torch.equal(state, best / 1.5) and weight.shape == (4, 1)
     np.testing.assert_allclose(target[:, 0], targets, rtol=1e-5)
@@ -186,15 +186,15 @@ def test_targets_and_weights_by_hand(make_agent, algorithm, targets, weights):
 
 @pytest.mark.parametrize("optimizer", ["adam", "natural"])
 @each_member
-def test_every_member_climbs_q_star(train, make_agent, monkeypatch, algorithm, optimizer):
+def test_every_member_climbs_q_star(train, make_agent, algorithm, optimizer):
     # of its own noisy roll-ins alone: to repeat them is no progress, Q* says what is
-    monkeypatch.setitem(FAMILY, algorithm, replace(FAMILY[algorithm], alpha=(0, 0)))
     agent = make_agent(
         env_name="tiny_envs:Guess-v0", algorithm=algorithm, optimizer=optimizer, seed=1, K=60,
         max_iteration=5, roll_in_noise=2, update_sz=300, train_repeat=2, hidden_dim=32, lr=3e-3,
         kl_step=0.1, eval_episodes=8, eval_every=5,
     )  # fmt: skip
-    agent.expert = Known()
+    simulate, agent.expert = agent.simulate, Known()
+    agent.simulate = lambda streams, alpha, *how: simulate(streams, 0.0, *how)
     log = train(agent).log
     assert 0.5 < log["train/q_gap"][0] < 2  # of the mean action, before it has learned anything
     assert 0 < log["train/q_gap"][-1] < 0.35 * log["train/q_gap"][0]

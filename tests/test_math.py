@@ -193,7 +193,7 @@ def test_gap_weights_by_hand_and_all_weights_are_finite_where_all_is_alike(cut, 
 
     def weights(q_expert, q_learner):
         agent = Mock(config=Config(gap_cut=cut), get_q_star=lambda state, action: q_learner)
-        return imitate_by_gap(agent, defaultdict(Mock, q_expert=q_expert))[2]
+        return imitate_by_gap(agent, defaultdict(Mock, q_target=q_expert))[2]
 
     weight = weights(q_expert, q_learner)
     torch.testing.assert_close(weight, torch.tensor([first, 1, 4, 4])[:, None])

@@ -17,7 +17,7 @@ EPISODES, BEFORE = 300, 150
 def gaps(agent, trajectory) -> np.ndarray:
     """The gap (T,) in every state of an episode."""
     data = agent.label([trajectory])
-    return (data["q_expert"] - agent.get_q_star(data["state"], data["action"]))[:, 0].numpy()
+    return (data["q_target"] - agent.get_q_star(data["state"], data["action"]))[:, 0].numpy()
 
 
 if __name__ == "__main__":
