@@ -1,12 +1,10 @@
 """A film of a policy on the first validation terrain.
 
-    python logs/reference/scripts/film.py logs/RUN [FILM.gif]     by default logs/RUN/final.gif
-
-RUN is the folder of a run, whose best iterate plays, or a policy file.
+python logs/reference/scripts/film.py logs/RUN        writes logs/RUN/final.gif
 """
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 from common import ag, terrain_seed
@@ -44,12 +42,13 @@ def save_gif(run: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
-        sys.exit(__doc__)
-    run, *film = map(Path, sys.argv[1:])
-    path = film[0] if film else (run if run.is_dir() else run.parent) / "final.gif"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run, or a policy file")
+    parser.add_argument("film", type=Path, nargs="?", help="default: final.gif beside the policy")
+    args = parser.parse_args()
+    path = args.film or (args.run if args.run.is_dir() else args.run.parent) / "final.gif"
     try:
-        save_gif(run, path)
+        save_gif(args.run, path)
     except ag.UserError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
     print(path)
