@@ -327,7 +327,7 @@ def returns_of(trajectories: list[Trajectory]) -> np.ndarray:
 
 def make_env(env_name: str, **kwargs) -> gym.Env:
     """The environment; UserError unless it exists with 1-D Boxes and bounded actions."""
-    errors = gym.error.Error, ImportError, TypeError
+    errors = gym.error.Error, ImportError, TypeError, ValueError
     with user_error_if(errors, f"{env_name!r} cannot be made; check env_name, env_kwargs"):
         env = gym.make(env_name, disable_env_checker=True, **kwargs)
     seen, acts = env.observation_space, env.action_space
@@ -457,7 +457,7 @@ class Member:
     last_alpha: float  # the expert's share of the roll-in, which falls from 1 to this
     keeps_data: bool  # True: of all iterations, drawn in proportion to weights >= 0;
     # False: of this iteration alone, and weights of either sign multiply the loss
-    label: Callable  # (agent, states) -> the action to imitate
+    target: Callable  # (agent, states) -> the action to imitate
     targets_and_weights: Callable  # (agent, data) -> states, targets, weights
 
 
@@ -588,7 +588,7 @@ class AggreVateDAgent:
         """What was done, and what is to be imitated, in all visited states: (N, ...)."""
         state = torch.from_numpy(np.concatenate([t.states for t in trajectories])).to(self.device)
         action = torch.from_numpy(np.concatenate([t.actions for t in trajectories])).to(self.device)
-        target = self.member.label(self, state)  # the expert's action, perhaps improved
+        target = self.member.target(self, state)  # the expert's action, perhaps improved
         q = self.get_q_star(state, target)
         return dict(state=state, action=action, target=target, q_target=q)
 
@@ -662,7 +662,7 @@ class AggreVateDAgent:
         if len(returns[-1]) < self.config.eval_episodes:
             return not whole
         difference = max(whole, key=np.mean) - returns[-1]
-        return not difference.mean() > 2 * standard_error(difference)
+        return not difference.mean() > 2 * standard_error(difference)  # which may be NaN
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
@@ -698,13 +698,14 @@ class AggreVateDAgent:
 
     def load(self, state: dict, resume: bool) -> None:
         """Take a checkpoint's policy, or all to resume; UserError if it does not fit."""
-        with user_error_if(RuntimeError, "Its sizes differ; check --hidden_dim and --env_name"):
+        mend = "The checkpoint does not fit; check --hidden_dim and --env_name"
+        with user_error_if((RuntimeError, KeyError), mend):
             self.policy.load_state_dict(state["policy"])
-        if resume:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
-            self.iteration, self.env_steps = state["iteration"], state["env_steps"]
-            self.seconds, self.evaluations = state["seconds"], state["evaluations"]
+            if resume:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.experience = {k: x.to(self.device) for k, x in state["experience"].items()}
+                self.iteration, self.env_steps = state["iteration"], state["env_steps"]
+                self.seconds, self.evaluations = state["seconds"], state["evaluations"]
 
     # == 8. Algorithm 1 ================================================================
     def train(self, run_dir: Path) -> None:
@@ -799,9 +800,12 @@ def make_run_dir(c: Config) -> Path:
 def load_checkpoint(path) -> dict:
     """A checkpoint, of a folder best.pt; no code is run; UserError unless it is one."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    wrong = "is missing (not evaluated yet?), damaged or of another program; give another"
-    with user_error_if(Exception, f"{path} {wrong}"):
+    with user_error_if(
+        Exception, f"{path} is missing, damaged or of another program; give another"
+    ):
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum differs")
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']}, not {FORMAT}: train anew")
         state["config"] = Config(**state["config"])
@@ -814,6 +818,12 @@ def load_policy(path) -> NumpyPolicy:
 
 
 # == 10. Command line ==================================================================
+MAY_CHANGE = {  # with an old run; its expert may have been moved
+    "resume": {"max_iteration", "n_workers", "device", "expert_path"},
+    "evaluate": {"eval_episodes", "env_name", "env_kwargs", "n_workers", "device", "expert_path"},
+}
+
+
 def JSON(text: str) -> dict:  # the name stands in argparse's sentence
     return json.loads(text)
 
@@ -828,27 +838,35 @@ def parse(argv: list[str]) -> dict:
     types = {int: float, dict: JSON}  # 3e5 is a whole number: see `check`
     for f in fields(Config):
         default, kind = getattr(Config(), f.name), types.get(f.type, f.type)
-        note = f.metadata.get("note", "") + (f" (default: {default})" if default else "")
+        note = f.metadata.get("note", "") + (
+            f" (default: {default})" if default not in ("", {}) else ""
+        )
         parser.add_argument(f"--{f.name}", type=kind, help=note)
     return vars(parser.parse_args(argv))
 
 
 def open_agent(options: dict) -> AggreVateDAgent:
     """The agent of a new run, of one to go on with, or of one to score."""
-    changes = {k: v for k, v in options.items() if k not in ("resume", "evaluate")}
-    resume = "resume" in options
-    if not resume and "evaluate" not in options:
+    changes = {k: v for k, v in options.items() if k not in MAY_CHANGE}
+    if changes == options:
         config = Config(**changes).check()
         start = load_checkpoint(config.init_path) if config.init_path else None
         return AggreVateDAgent(config, start)
-    path = Path(options["resume"]) / "last.pt" if resume else options["evaluate"]
+    mode = "resume" if "resume" in options else "evaluate"
+    path = Path(options[mode]) / "last.pt" if mode == "resume" else options[mode]
     state = load_checkpoint(path)
-    config = replace(state["config"], **changes)
-    if resume and state["iteration"] >= config.max_iteration:
+    old = state["config"]
+    for name in changes.keys() - MAY_CHANGE[mode]:
+        if changes[name] != getattr(old, name):
+            can = ", ".join(sorted(MAY_CHANGE[mode]))
+            raise UserError(f"--{name} cannot change with --{mode}; what can: {can}.")
+    if "." in old.env_name.rpartition(":")[0] and "env_name" not in changes:
+        # such a module may lie in the run's own folder
+        raise UserError(f"It imports {old.env_name}: if you trust that, give it as --env_name.")
+    config = replace(old, **changes)
+    if mode == "resume" and state["iteration"] >= config.max_iteration:
         raise UserError(f"{path} has all its iterations; --max_iteration makes more.")
-    if resume and "eval_episodes" in changes:
-        raise UserError("--eval_episodes cannot change with --resume; give it to --evaluate.")
-    agent = AggreVateDAgent(config, state, resume)
+    agent = AggreVateDAgent(config, state, mode == "resume")
     agent.iteration = state["iteration"]  # to say what is scored
     return agent
 
@@ -865,9 +883,13 @@ def print_scores(agent: AggreVateDAgent, path: str) -> None:
     print(f"difference {describe(returns['learner'] - returns['expert'])}")
 
 
+STOPS = signal.SIGINT, signal.SIGTERM
+
+
 def interrupt(*_) -> None:
-    """Ctrl-C or a kill: stop in good order; the next Ctrl-C, at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """Ctrl-C or a kill: stop in good order; the next one, at once."""
+    for number in STOPS:
+        signal.signal(number, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 
@@ -904,6 +926,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in STOPS:
+        signal.signal(number, interrupt)
     sys.exit(main())

@@ -74,7 +74,7 @@ def run(finished, tmp_path):
     ("env_name=tiny_envs:Unbounded-v0", r"Unbounded-v0 has .*\(-inf, inf, .*actions bounded"),
     ("log_dir=file", "cannot be written; set --log_dir"),
     ("log_dir=link", "cannot be written; set --log_dir"),  # to what there is not
-    ("init_path=nowhere", "nowhere is missing .*; give another"),
+    ("init_path=nowhere", "nowhere is missing, .*; give another"),
 ])  # fmt: skip
 def test_option(refused, tmp_path, option, mend):
     (tmp_path / "file").touch()
@@ -116,10 +116,6 @@ def change_weights(path, change, zipped=True, member="policy.pth"):
         archive.writestr(member, buffer.getvalue())
 
 
-class Own(torch.nn.ReLU):
-    """An activation that torch does not know."""
-
-
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -129,6 +125,7 @@ def like_tqc(name, x):
     return x.repeat_interleave(25, dim=0) if re.match(r"critic.*\.4\.", name) else x
 
 
+OWN = type("Own", (torch.nn.ReLU,), {})  # an activation that torch does not know
 DAMAGED = "is missing or no SAC zip of this task; set --expert_path"
 BAD_EXPERTS = {
     "missing": (lambda path: path.unlink(), f"{DAMAGED} .*No such file"),
@@ -145,7 +142,7 @@ BAD_EXPERTS = {
         lambda path: make_sac(path, MOUNTAIN),
         rf"{DAMAGED} .*\[16, 2\]\).* torch.Size\(\[16, 3\]",
     ),
-    "own activation": (lambda path: make_sac(path, activation_fn=Own), f"{DAMAGED} .*Own"),
+    "own activation": (lambda path: make_sac(path, activation_fn=OWN), f"{DAMAGED} .*Own"),
     "code": (lambda path: change_weights(path, lambda *_: Bomb()), DAMAGED),
     "code, old": (lambda path: change_weights(path, lambda *_: Bomb(), False), DAMAGED),
 }
@@ -184,16 +181,22 @@ def test_poor_expert_is_warned_of_once(task, pay, poor, run_strange):
     assert re.findall(r"(\d+%) solved", out) == shares[task]
 
 
+def flip(path):
+    weights = checkpoint(path)["policy"]["fc2.weight"].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(weights, weights[::-1]))
+
+
 def change(path, **parts):
     torch.save(checkpoint(path) | parts, path)
 
 
 @pytest.mark.parametrize("mend, damage", [
     ("damaged", truncate),
+    ("a checksum differs", flip),
     ("format 2.*train anew", lambda path: change(path, format=2)),
     ("another program", lambda path: change(path, config=dict(x=1))),
     ("damaged ", lambda path: change(path, more=Bomb())),
-    ("not evaluated yet", lambda path: path.unlink()),
+    ("best.pt is missing", lambda path: path.unlink()),
 ])  # fmt: skip
 def test_checkpoint_that_is_damaged(run, refused, mend, damage):
     damage(run / "best.pt")
@@ -204,8 +207,13 @@ def test_checkpoint_that_is_damaged(run, refused, mend, damage):
 def test_checkpoint_of_another_task_and_damaged_last_one(run, refused, tmp_path):
     make_sac(expert := tmp_path / "mountain.zip", MOUNTAIN)
     assert DAMAGED in refused("--evaluate", run, env_name=MOUNTAIN)
-    assert "sizes" in refused(init_path=run, expert_path=expert, env_name=MOUNTAIN, n_workers=2)
+    assert "not fit" in refused(init_path=run, expert_path=expert, env_name=MOUNTAIN, n_workers=2)
     assert not multiprocessing.active_children()
+    assert "--env_kwargs cannot change" in refused("--resume", run, '--env_kwargs={"g": 9}')
+    assert "--K cannot change with --evaluate; what can: " in refused("--evaluate", run, "--K=3")
+    config = checkpoint(run / "last.pt")["config"] | dict(env_name="logs.run:Strange-v0")
+    change(run / "last.pt", config=config)
+    assert "if you trust" in refused("--resume", run)
     truncate(run / "last.pt")
     assert "damaged" in refused("--resume", run)
 

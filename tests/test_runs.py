@@ -21,11 +21,10 @@ from PIL import Image, ImageSequence
 from stable_baselines3.common.evaluation import evaluate_policy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-import tiny_envs
-from tiny_envs import colour
 
 import aggrevated
 import film
+import tiny_envs
 from aggrevated import TEST, AggreVateDAgent, Config, load_policy, make_env
 
 STRANGE, RETURN = "tiny_envs:Strange-v0", "eval/episode_reward"
@@ -113,7 +112,7 @@ def test_film_is_of_the_first_validation_episode(run_small, make_agent, tmp_path
         frames = [np.array(x.convert("RGB")).reshape(-1, 3) for x in ImageSequence.Iterator(gif)]
     state = checkpoint(run / "best.pt")
     (episode,) = make_agent(**state["config"] | dict(init_path=str(run))).evaluate(n_episodes=1)
-    expected = colour(episode.states[::5])
+    expected = tiny_envs.colour(episode.states[::5])
     np.testing.assert_allclose(np.median(frames, axis=1), expected, atol=8)
     assert all((x < 60).all(axis=1).sum() > 50 for x in frames)  # step and return, in black
     monkeypatch.setattr(tiny_envs.Strange, "render", lambda env: None.bug)
@@ -123,11 +122,8 @@ def test_film_is_of_the_first_validation_episode(run_small, make_agent, tmp_path
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
     config = Config(log_dir=str(tmp_path), env_name="module:my/Task-v0", seed=3)
-    made = set()
-    for _ in range(3):
-        made.add(aggrevated.make_run_dir(config).name)
-        time.sleep(0.002)
-    assert len(made) == 3 and all(x.startswith("aggrevated_my-Task-v0_s3_20") for x in made)
+    made = [(aggrevated.make_run_dir(config).name, time.sleep(0.002))[0] for _ in range(3)]
+    assert len(set(made)) == 3 and made[0].startswith("aggrevated_my-Task-v0_s3_20")
 
 
 def test_evaluate_scores_the_best_iterate(run_small, run_main, make_agent, tmp_path, monkeypatch):
@@ -213,9 +209,7 @@ def test_stopped_run_goes_on(moment, number, saved, changes, run_small, run_main
         patch.setattr(AggreVateDAgent, moment, interrupted)
         run = run_small("part", status=130, **changes)
     assert checkpoint(run / "last.pt")["iteration"] == saved
-    assert saved or re.search(
-        "error: .*best.pt is missing .not evaluated yet", run_main("--evaluate", run).err
-    )
+    assert saved or re.search("error: .*best.pt is missing, ", run_main("--evaluate", run).err)
     resume(run_main, run)
     assert_same_runs(whole, run)
 
@@ -272,12 +266,11 @@ def test_main_ends_its_own_workers_and_no_other_process(run_small, monkeypatch):
 IMPORT = """
 import gymnasium, os, signal, stable_baselines3.sac.policies, threading, torch, tqdm
 import torch.utils.tensorboard.summary, warnings
-Distribution = torch.distributions.Distribution
 def state():
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     of_torch = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist()
-    of_torch += torch.are_deterministic_algorithms_enabled(), Distribution._validate_args
-    return dict(os.environ), handlers, of_torch, warnings.filters[:], threading.active_count()
+    others = warnings.filters[:], threading.active_count()
+    return dict(os.environ), handlers, of_torch, torch.are_deterministic_algorithms_enabled(), others
 before = state()
 import aggrevated
 assert state() == before
@@ -355,19 +348,18 @@ def ignore_ctrl_c(pid):
     return len(re.findall(r"SigIgn:\s\w+[2367abef]\n", status))
 
 
-@pytest.mark.parametrize("kill", [False, True])
-def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(kill, program, small, tmp_path):
-    """A kill, or Ctrl-C thrice at once: 130 either way."""
+@pytest.mark.parametrize("number, times", [("SIGINT", 3), ("SIGTERM", 1), ("SIGTERM", 3)])
+def test_ctrl_c_or_kill_ends_all_and_says_how_to_go_on(number, times, program, small, tmp_path):
     values = small(env_name=STRANGE, n_workers=2, max_iteration=10**6, eval_every=10**6)
     process, end = program(SCRIPT, **values, log_dir="my logs"), time.monotonic() + 300
     while not (list(tmp_path.glob("*/*/best.pt")) and ignore_ctrl_c(process.pid) == 2):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
-    for _ in range(1 if kill else 3):
+    for _ in range(times):
         time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGTERM if kill else signal.SIGINT)  # the workers get it too
+        os.killpg(process.pid, signal.Signals[number])  # the workers get it too
     out, err = process.communicate(timeout=300)  # until the workers have ended too
     assert process.returncode == 130 and "Traceback" not in err, err
     run = only_run(Path("my logs"))
     assert checkpoint(run / "last.pt")["iteration"] >= 0
-    assert not kill or command(out, "Go on:") == ["python", SCRIPT, "--resume", str(run)]
+    assert times > 1 or command(out, "Go on:") == ["python", SCRIPT, "--resume", str(run)]

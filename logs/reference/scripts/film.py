@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 EVERY, SIZE = 5, (480, 480)  # steps between pictures; their largest size
 
 
-def draw_episode(agent: "ag.AggreVateDAgent") -> list[Image.Image]:
-    """Every fifth step of the policy's episode, with step and return."""
-    c, frames, episode = agent.config, [], agent.evaluate(n_episodes=1)[0]
+def draw(c: ag.Config, episode: ag.Trajectory) -> list[Image.Image]:
+    """Every fifth step of an episode on the first validation terrain, with step and return."""
+    frames = []
     env = ag.make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
     env.reset(seed=terrain_seed((ag.VALIDATION, 0)))
     for t, action in enumerate(episode.actions):
@@ -31,24 +31,30 @@ def draw_episode(agent: "ag.AggreVateDAgent") -> list[Image.Image]:
     return frames
 
 
-def save_gif(run: Path, path: Path) -> None:
+def save_gif(run: Path, path: Path, **changes) -> None:
     """The film of a run's best iterate; UserError unless the run and its pictures are there."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    agent = ag.open_agent(dict(evaluate=run, n_workers=1, device="cpu"))
+    agent = ag.open_agent(changes | dict(evaluate=run, n_workers=1, device="cpu"))
+    (episode,) = agent.evaluate(n_episodes=1)
     name = agent.config.env_name
     with ag.user_error_if(Exception, f"{name} cannot be drawn here"):  # no OpenGL, no pictures
-        frames = draw_episode(agent)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+        frames = draw(agent.config, episode)
+    how = dict(format="GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
+    with ag.user_error_if(OSError, f"{path} cannot be written; give another file"):
+        frames[0].save(path, **how)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, or a policy file")
-    parser.add_argument("film", type=Path, nargs="?", help="default: final.gif beside the policy")
+    parser.add_argument("film", type=Path, nargs="?", help="default: beside the policy")
+    parser.add_argument("--env_name", help="for one that is imported: module:id")
     args = parser.parse_args()
-    path = args.film or (args.run if args.run.is_dir() else args.run.parent) / "final.gif"
+    changes = dict(env_name=args.env_name) if args.env_name else {}
+    beside = args.run / "final.gif" if args.run.is_dir() else args.run.with_suffix(".gif")
+    path = args.film or beside
     try:
-        save_gif(args.run, path)
+        save_gif(args.run, path, **changes)
     except ag.UserError as error:
         parser.error(str(error))
     print(path)
