@@ -11,9 +11,10 @@ expert's cost-to-go Q*.  Rewards are maximised here where the paper minimises co
 The paper's Algorithm 1 is `AggreVateDAgent.train`; what is made likelier, and with what
 weight, is what the algorithms differ in: see FAMILY.  The default's target is the
 expert's action, its weight how much worse the learner's own action is there by Q*:
-cost-weighted imitation, a regression that needs few steps and keeps all data.  With
-critics that were evaluated (rl-trained-agents/evaluate_critics.py) the target is improved
-by them, and the learner passes its expert.  `--algorithm score` is the paper's gradient.
+cost-weighted imitation, a regression that needs few steps and keeps all data.  If the
+critics were evaluated, that is, fitted anew to the expert's own returns (by
+rl-trained-agents/evaluate_critics.py), they improve the target, so that the learner can
+pass its expert.  `--algorithm score` is the paper's gradient.
 
 best.pt is the latest iterate within two standard errors of the one with the highest mean.
 """
@@ -57,7 +58,7 @@ from tqdm import tqdm
 
 # Random streams, pure functions of (purpose, ...): evaluating more often cannot disturb
 # training, and a resumed run needs no generator states.  The learner's first weights come
-# from torch's generator, seeded with `seed`.  Other numbers are used up elsewhere.
+# from torch's generator, seeded with `seed`.  Numbers up to 17 are taken.
 ROLL_IN = 0  # + (seed, n, k): terrain, mixture, noise of iteration n's trajectory k
 UPDATE = 1  # + (seed, n): candidates, samples and minibatches of iteration n
 VALIDATION = 3  # + (i,): terrain of validation episode i, the same for every run
@@ -99,7 +100,7 @@ class Config:
     algorithm: str = option("aggrevated", "bc dagger aggrevate aggrevated score minmax")
     optimizer: str = option("adam", "adam or natural")
     init_path: str = option("", "run or policy file to start from; none: at random")
-    seed: int = option(0, "decides all that is random", 0, 2**32)
+    seed: int = option(0, "decides all that is random", 0, 2**32 - 1)
     device: str = option("auto", "auto takes CUDA if there is one; or cpu")
     n_workers: int = option(2, "processes that simulate, threads of the update", 1, 64)
     max_iteration: int = option(15, "N of Algorithm 1; 10 to 100", 1)
@@ -127,7 +128,10 @@ class Config:
     def check(self) -> "Config":
         """UserError unless all types and ranges are right; 3e5 is a whole number."""
         for f in fields(self):
-            value, legal = getattr(self, f.name), option(None, "").metadata | f.metadata
+            value, legal = (
+                getattr(self, f.name),
+                f.metadata or option(None, "").metadata,
+            )  # a plain field
             number = f.type in (int, float) and type(value) in (int, float)
             if number and value % 1 == 0:
                 value = f.type(value)
@@ -352,7 +356,7 @@ def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, s
             action = expert.predict(state)
         else:
             action = learner.act(state, noise_scale * rng.standard_normal(space.shape))
-        legal = action.clip(space.low, space.high).astype(space.dtype)  # rounding may leave it
+        legal = action.clip(space.low, space.high).astype(space.dtype)  # rounding may overshoot
         observation, reward, terminated, truncated, _ = env.step(legal)
         steps.append((state, action, np.asarray(reward).item()))
         if terminated or truncated:
@@ -390,7 +394,7 @@ def improved_action(agent, state):
 
     The weights are those of MPO's E-step (Abdolmaleki et al. 2018), with the expert as
     the proposal.  A is the smallest of all critics' Q_i(s, a) - Q_i(s, a*): they must
-    agree that a candidate is better.  Critics that were not evaluated improve nothing.
+    agree that a candidate is better.  Critics as SAC left them improve nothing.
     """
     c, improved, a_star = agent.config, [], expert_action(agent, state)
     if c.candidates == 1 or not agent.expert.evaluated:
@@ -408,15 +412,16 @@ def improved_action(agent, state):
 
 # Each of these gives (states, what to make likelier there, its weight (N, 1)).
 def imitate(agent, data):
-    """The expert's action, everywhere alike."""
+    """The target, which is the expert's action, everywhere alike."""
     target = agent.policy.clip_to_range(data["target"])
     return data["state"], target, torch.ones_like(data["q_target"])
 
 
 def imitate_by_gap(agent, data, action=None):
-    """The expert's action, by w = min(1 + gap_factor * gap / mean(gap), gap_cut).
+    """The target by w = min(1 + gap_factor * gap / mean(gap), gap_cut).
 
-    gap = max(0, Q*(s, a*) - Q*(s, action)), by default of the learner's own mean action.
+    gap = max(0, Q*(s, target) - Q*(s, action)): what `action`, by default the learner's own
+    mean action, costs.
     """
     c = agent.config
     gap = (data["q_target"] - agent.get_q_star(data["state"], action)).clamp(min=0)
@@ -426,15 +431,15 @@ def imitate_by_gap(agent, data, action=None):
 
 
 def imitate_by_executed_gap(agent, data):
-    """The expert's action, by what the executed one cost, as AggreVaTe learns."""
+    """The target by what the executed action cost: a stand-in for AggreVaTe."""
     return imitate_by_gap(agent, data, data["action"])
 
 
 @torch.no_grad()  # the samples are data; pathwise gradients would be another estimator
 def score_function(agent, data):
-    """The paper's gradient: the learner's samples by Q* less its mean over two of them.
+    """The paper's gradient: two of the learner's samples a state, by Q* less the pair's mean.
 
-    On-policy in a natural step or a single minibatch; later ones have moved theta since.
+    On-policy in a first natural step or minibatch; later ones have moved theta since.
     """
     state = data["state"].repeat(2, 1)
     action = agent.policy.sample(state)
@@ -445,7 +450,7 @@ def score_function(agent, data):
 
 
 def min_max(agent, data):
-    """The executed action by its own Q*: it also repeats what was bad everywhere."""
+    """The executed action by its own Q*: no weight is negative, bad ones are repeated too."""
     weight = normalize_q_star(agent.get_q_star(data["state"], data["action"]))
     return data["state"], agent.policy.clip_to_range(data["action"]), weight
 
@@ -455,9 +460,10 @@ class Member:
     """All that makes one algorithm of the family differ from another."""
 
     last_alpha: float  # the expert's share of the roll-in, which falls from 1 to this
-    keeps_data: bool  # True: of all iterations, drawn in proportion to weights >= 0;
-    # False: of this iteration alone, and weights of either sign multiply the loss
-    target: Callable  # (agent, states) -> the action to imitate
+    # True: all iterations' data, of which states are drawn in proportion to their weights;
+    # False: this iteration's alone, and the weights, of either sign, multiply the loss
+    keeps_data: bool
+    target: Callable  # (agent, states) -> data["target"], which the last two do not use
     targets_and_weights: Callable  # (agent, data) -> states, targets, weights
 
 
@@ -662,7 +668,8 @@ class AggreVateDAgent:
         if len(returns[-1]) < self.config.eval_episodes:
             return not whole
         difference = max(whole, key=np.mean) - returns[-1]
-        return not difference.mean() > 2 * standard_error(difference)  # which may be NaN
+        error = standard_error(difference)
+        return math.isnan(error) or difference.mean() <= 2 * error
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
@@ -798,7 +805,7 @@ def make_run_dir(c: Config) -> Path:
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint, of a folder best.pt; no code is run; UserError unless it is one."""
+    """The checkpoint in a file, or a folder's best.pt; no code is run; or a UserError."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     with user_error_if(
         Exception, f"{path} is missing, damaged or of another program; give another"
@@ -819,8 +826,8 @@ def load_policy(path) -> NumpyPolicy:
 
 # == 10. Command line ==================================================================
 MAY_CHANGE = {  # with an old run; its expert may have been moved
-    "resume": {"max_iteration", "n_workers", "device", "expert_path"},
-    "evaluate": {"eval_episodes", "env_name", "env_kwargs", "n_workers", "device", "expert_path"},
+    "resume": ("max_iteration", "n_workers", "device", "expert_path"),
+    "evaluate": ("eval_episodes", "env_name", "env_kwargs", "n_workers", "device", "expert_path"),
 }
 
 
@@ -838,30 +845,28 @@ def parse(argv: list[str]) -> dict:
     types = {int: float, dict: JSON}  # 3e5 is a whole number: see `check`
     for f in fields(Config):
         default, kind = getattr(Config(), f.name), types.get(f.type, f.type)
-        note = f.metadata.get("note", "") + (
-            f" (default: {default})" if default not in ("", {}) else ""
-        )
-        parser.add_argument(f"--{f.name}", type=kind, help=note)
+        shown = "" if default in ("", {}) else f" (default: {default})"
+        parser.add_argument(f"--{f.name}", type=kind, help=f.metadata.get("note", "") + shown)
     return vars(parser.parse_args(argv))
 
 
 def open_agent(options: dict) -> AggreVateDAgent:
     """The agent of a new run, of one to go on with, or of one to score."""
-    changes = {k: v for k, v in options.items() if k not in MAY_CHANGE}
-    if changes == options:
+    mode = next((m for m in MAY_CHANGE if m in options), None)
+    changes = {k: v for k, v in options.items() if k != mode}
+    if mode is None:
         config = Config(**changes).check()
         start = load_checkpoint(config.init_path) if config.init_path else None
         return AggreVateDAgent(config, start)
-    mode = "resume" if "resume" in options else "evaluate"
     path = Path(options[mode]) / "last.pt" if mode == "resume" else options[mode]
     state = load_checkpoint(path)
     old = state["config"]
-    for name in changes.keys() - MAY_CHANGE[mode]:
+    for name in sorted(changes.keys() - MAY_CHANGE[mode]):
         if changes[name] != getattr(old, name):
-            can = ", ".join(sorted(MAY_CHANGE[mode]))
+            can = ", ".join(MAY_CHANGE[mode])
             raise UserError(f"--{name} cannot change with --{mode}; what can: {can}.")
+    # logs.RUN.x:Task would import x.py of the run's folder, which may be a stranger's
     if "." in old.env_name.rpartition(":")[0] and "env_name" not in changes:
-        # such a module may lie in the run's own folder
         raise UserError(f"It imports {old.env_name}: if you trust that, give it as --env_name.")
     config = replace(old, **changes)
     if mode == "resume" and state["iteration"] >= config.max_iteration:
@@ -872,7 +877,7 @@ def open_agent(options: dict) -> AggreVateDAgent:
 
 
 def print_scores(agent: AggreVateDAgent, path: str) -> None:
-    """Learner and expert, by their mean actions, on the same fresh terrains."""
+    """Learner and expert, by their mean actions, on the same test terrains."""
     c, returns = agent.config, {}
     print(f"{path}, iteration {agent.iteration}: {c.algorithm} on {c.env_name}")
     print(f"expert {agent.expert}")

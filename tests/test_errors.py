@@ -65,7 +65,7 @@ def run(finished, tmp_path):
     ("env_nam=no_abbreviation", "unrecognized arguments: --env_nam=no"),
     ("max_iteration=0", "max_iteration is 0; give 1 to inf"),
     ("lr=nan", "lr is nan; give 1e-12 to 1"),
-    (f"seed={2**64}", "give 0 to 4294967296"),
+    (f"seed={2**64}", "give 0 to 4294967295"),
     ("env_kwargs={g: 10}", "(?i)env_kwargs.* invalid .*json"),
     ("env_kwargs=[10]", r"env_kwargs is \[10\]; .*dict"),
     ('env_kwargs={"gravity": 1}', "cannot be made; check .*env_kwargs.*gravity"),
