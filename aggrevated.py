@@ -669,7 +669,7 @@ class AggreVateDAgent:
             return not whole
         difference = max(whole, key=np.mean) - returns[-1]
         error = standard_error(difference)
-        return math.isnan(error) or difference.mean() <= 2 * error
+        return bool(math.isnan(error) or difference.mean() <= 2 * error)
 
     def validate(self, run_dir: Path, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns of learner and expert on the same terrains; saves best.pt (line 7)."""
