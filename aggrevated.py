@@ -32,6 +32,7 @@ import textwrap
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,11 @@ EARLY = 3  # first iterations, where the return rises: a short evaluation after 
 
 class UserError(Exception):
     """What a user can mend; the message is one sentence that says how."""
+
+
+# what reading a file that is damaged, or of something else, raises
+BAD_FILE = OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError
+BAD_FILE += zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
 
 
 @contextmanager
@@ -128,10 +134,8 @@ class Config:
     def check(self) -> "Config":
         """UserError unless all types and ranges are right; 3e5 is a whole number."""
         for f in fields(self):
-            value, legal = (
-                getattr(self, f.name),
-                f.metadata or option(None, "").metadata,
-            )  # a plain field
+            value = getattr(self, f.name)
+            legal = f.metadata or option(None, "").metadata  # a plain field has none
             number = f.type in (int, float) and type(value) in (int, float)
             if number and value % 1 == 0:
                 value = f.type(value)
@@ -255,16 +259,15 @@ class SACExpert:
     """
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
-        with user_error_if(
-            Exception, f"{path} is missing or no SAC zip of this task; set --expert_path"
-        ):
+        mend = "is missing or no SAC zip of this task; set --expert_path"
+        with user_error_if(BAD_FILE, f"{path} {mend}"):
             weights, data = read_sac_zip(path)
             kwargs = data.get("policy_kwargs") or {}  # "activation_fn": "<class '...ReLU'>"
             activation = str(kwargs.get("activation_fn", "ReLU")).rstrip("'>").split(".")[-1]
             pi, qf = layer_sizes(weights, "actor.latent_pi."), layer_sizes(weights, "critic.qf0.")
             how = dict(
                 net_arch=dict(pi=pi, qf=qf[:-1]),
-                activation_fn=getattr(nn, activation),
+                activation_fn=vars(nn)[activation],
                 use_sde=bool(data.get("use_sde")),
                 clip_mean=float(kwargs.get("clip_mean", 2.0)),
                 n_critics=len({k.split(".")[1] for k in weights if k.startswith("critic.qf")}),
@@ -341,12 +344,17 @@ def make_env(env_name: str, **kwargs) -> gym.Env:
     return env
 
 
+def terrain_seed(rng: np.random.Generator) -> int:
+    """The environment's seed: the first number of a random stream."""
+    return int(rng.integers(2**31))
+
+
 def roll_in(players: bytes, env_name, env_kwargs, alpha, noise_scale, horizon, stream):
     """One Trajectory of the mixture; the stream seeds its terrain, mixture and noise."""
     learner, expert = pickle.loads(players)
     env = make_env(env_name, **env_kwargs)  # Box2D's worlds keep traces over a reset
     space, rng = env.action_space, np.random.default_rng(stream)
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    observation, _ = env.reset(seed=terrain_seed(rng))
     steps = []
     for _ in range(horizon):
         state = np.asarray(observation, dtype=np.float32)
@@ -547,9 +555,9 @@ class AggreVateDAgent:
         self.threshold = env.spec.reward_threshold  # from where on it is solved, or None
         home = Path(__file__).resolve().parent
         given = Path(c.expert_path or home / f"rl-trained-agents/sac/{name}_1/{name}.zip")
-        self.expert_path = given if given.exists() else home / given  # wherever one stands
+        path = given if given.exists() else home / given  # wherever one stands
         spaces = env.observation_space, env.action_space
-        self.expert = SACExpert(self.expert_path, *spaces, self.device)
+        self.expert = SACExpert(path, *spaces, self.device)
         self.policy = PolicyNetwork(*spaces, c.hidden_dim).to(self.device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), fused=True)
         self.experience: dict[str, torch.Tensor] = {}  # newest transitions (N, ...)
@@ -807,9 +815,8 @@ def make_run_dir(c: Config) -> Path:
 def load_checkpoint(path) -> dict:
     """The checkpoint in a file, or a folder's best.pt; no code is run; or a UserError."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    with user_error_if(
-        Exception, f"{path} is missing, damaged or of another program; give another"
-    ):
+    mend = "is missing, damaged or of another program; give another"
+    with user_error_if(BAD_FILE, f"{path} {mend}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum differs")
@@ -888,13 +895,14 @@ def print_scores(agent: AggreVateDAgent, path: str) -> None:
     print(f"difference {describe(returns['learner'] - returns['expert'])}")
 
 
-STOPS = signal.SIGINT, signal.SIGTERM
+def handle_signals(handler) -> None:
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def interrupt(*_) -> None:
     """Ctrl-C or a kill: stop in good order; the next one, at once."""
-    for number in STOPS:
-        signal.signal(number, lambda *_: os._exit(130))
+    handle_signals(lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 
@@ -931,6 +939,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for number in STOPS:
-        signal.signal(number, interrupt)
+    handle_signals(interrupt)
     sys.exit(main())

@@ -55,7 +55,7 @@ def race(name: str, a, b, repeats: int) -> None:
 def replay(stream: tuple, actions: np.ndarray) -> float:
     """Step a new environment through these actions; the sum of all rewards."""
     env = ag.make_env(ag.Config().env_name)
-    env.reset(seed=int(np.random.default_rng(stream).integers(2**31)))  # as roll_in does
+    env.reset(seed=ag.terrain_seed(np.random.default_rng(stream)))
     return sum(env.step(action)[1] for action in actions)
 
 

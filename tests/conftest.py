@@ -83,22 +83,19 @@ def make_agent(small):
 def run_main():
     """run_main(*args, **fields): the command line in this process; its status, out and err."""
 
-    signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-
     def run(*args, **fields):
         out, err, argv = io.StringIO(), io.StringIO(), [str(a) for a in args]
         fields |= {k: json.dumps(v) for k, v in fields.items() if isinstance(v, dict)}
         argv += [f"--{k}={v}" for k, v in fields.items()]
-        for number in signals:  # as the program does
-            signal.signal(number, aggrevated.interrupt)
+        aggrevated.handle_signals(aggrevated.interrupt)  # as the program does
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = aggrevated.main(argv)
         except SystemExit as end:  # argparse's
             status = end.code
         finally:
-            for number, handler in signals.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
     return run

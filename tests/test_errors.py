@@ -73,11 +73,13 @@ def run(finished, tmp_path):
     ("env_name=CartPole-v1", r"has .* and Discrete\(2\); both must be vectors"),
     ("env_name=tiny_envs:Unbounded-v0", r"Unbounded-v0 has .*\(-inf, inf, .*actions bounded"),
     ("log_dir=file", "cannot be written; set --log_dir"),
+    ("log_dir=link", "cannot be written; set --log_dir"),  # to what there is not
     ("device=gpu", "device is gpu; give one of auto, cpu"),
     ("init_path=nowhere", "nowhere is missing, .*; give another"),
 ])  # fmt: skip
 def test_option(refused, tmp_path, option, mend):
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     name, value = option.split("=")
     assert re.search(mend, sentence := refused(**{name: value})), sentence
 
@@ -130,17 +132,11 @@ BAD_EXPERTS = {
     "missing": (lambda path: path.unlink(), f"{DAMAGED} .*No such file"),
     "half": (truncate, DAMAGED),
     "empty": (lambda path: zipfile.ZipFile(path, "w").close(), DAMAGED),
-    "PPO": (
-        lambda path: make_sac(path, kind="PPO"),
-        DAMAGED,
-    ),
+    "PPO": (lambda path: make_sac(path, kind="PPO"), DAMAGED),
     "DQN": (lambda path: make_sac(path, "CartPole-v1", "DQN"), DAMAGED),
     "TD3": (lambda path: make_sac(path, kind="TD3"), f"{DAMAGED} .*actor_target"),
     "TQC": (lambda path: change_weights(path, like_tqc), f"{DAMAGED} .*critic"),
-    "another task's": (
-        lambda path: make_sac(path, MOUNTAIN),
-        rf"{DAMAGED} .*\[16, 2\]\).* torch.Size\(\[16, 3\]",
-    ),
+    "another task's": (lambda path: make_sac(path, MOUNTAIN), rf"{DAMAGED} .*16, 2\].*16, 3\]"),
     "own activation": (lambda path: make_sac(path, activation_fn=OWN), f"{DAMAGED} .*Own"),
     "code": (lambda path: change_weights(path, lambda *_: Bomb()), DAMAGED),
     "code, old": (lambda path: change_weights(path, lambda *_: Bomb(), False), DAMAGED),
@@ -215,6 +211,13 @@ def test_checkpoint_of_another_task_and_damaged_last_one(run, refused, tmp_path)
     assert "if you trust" in refused("--resume", run)
     truncate(run / "last.pt")
     assert "damaged" in refused("--resume", run)
+
+
+@pytest.mark.parametrize("init_path", ["", "best.pt"])
+def test_fault_of_our_own_is_not_told_as_a_damaged_file(init_path, run, run_strange, monkeypatch):
+    monkeypatch.setattr(aggrevated.torch, "load", lambda *args, **kwargs: None.bug)
+    with pytest.raises(AttributeError, match="bug"):
+        run_strange(init_path=init_path and run / init_path)
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])

@@ -9,13 +9,13 @@ from unittest.mock import Mock
 import gymnasium as gym
 import numpy as np
 import pytest
-import audit
 import tiny_envs  # noqa: F401  (registers them)
 import torch
 from conftest import make_sac
 from torch import distributions as D, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import audit
 from aggrevated import (
     FAMILY, AggreVateDAgent, Config, NumpyPolicy, PolicyNetwork, SACExpert, conjugate_gradient,
     imitate_by_gap, improved_action, mean_kl, natural_step, normalize_q_star,

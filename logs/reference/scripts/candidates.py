@@ -10,7 +10,7 @@ a replay in which the candidate is played once and the expert goes on, less that
 
 import pickle
 
-from common import HARDCORE, HERE, ROOT, ag, terrain_seed
+from common import HARDCORE, HERE, ROOT, ag
 import numpy as np
 import torch
 from tqdm import tqdm, trange
@@ -40,7 +40,7 @@ def advantages(expert, state: np.ndarray, action: np.ndarray) -> np.ndarray:
 def replay(expert, i: int, trajectory, step: int, action: np.ndarray) -> float:
     """The discounted return from a state on, by this action and then the expert's."""
     env, total = ag.make_env(HARDCORE), 0.0
-    state, _ = env.reset(seed=terrain_seed((STREAM, i)))
+    state, _ = env.reset(seed=ag.terrain_seed(np.random.default_rng((STREAM, i))))
     for earlier in np.clip(trajectory.actions[:step], -1, 1):
         state, *_ = env.step(earlier)
     assert np.array_equal(state, trajectory.states[step])

@@ -85,16 +85,11 @@ def merge(name: str, new: list[tuple]) -> None:
         os.replace(HERE / f".{name}.tmp", HERE / f"{name}.csv")
 
 
-def terrain_seed(stream: tuple) -> int:
-    """What roll_in seeds its environment with: the first number of the stream."""
-    return int(np.random.default_rng(stream).integers(2**31))
-
-
 def obstacle(stream: tuple, actions: np.ndarray) -> str:
     """What Hardcore's episode ended at: the obstacle within 4 steps of the hull, or grass."""
     step, names = 14 / 30, {4: "pit", 1: "stairs"}  # the terrain's unit; widths in it
     env = ag.make_env(HARDCORE)
-    env.reset(seed=terrain_seed(stream))
+    env.reset(seed=ag.terrain_seed(np.random.default_rng(stream)))
     for action in actions:
         env.step(action)
     x, near = env.unwrapped.hull.position.x, [(4 * step, "grass")]

@@ -1,13 +1,16 @@
 """A film of a policy on the first validation terrain.
 
-python logs/reference/scripts/film.py logs/RUN        writes logs/RUN/final.gif
+    python logs/reference/scripts/film.py logs/RUN        writes logs/RUN/final.gif
+
+A run plays by its best iterate; a policy file will do too, and its film lies beside it.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from common import ag, terrain_seed
+from common import ag
+import numpy as np
 from PIL import Image, ImageDraw
 
 EVERY, SIZE = 5, (480, 480)  # steps between pictures; their largest size
@@ -17,7 +20,7 @@ def draw(c: ag.Config, episode: ag.Trajectory) -> list[Image.Image]:
     """Every fifth step of an episode on the first validation terrain, with step and return."""
     frames = []
     env = ag.make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
-    env.reset(seed=terrain_seed((ag.VALIDATION, 0)))
+    env.reset(seed=ag.terrain_seed(np.random.default_rng((ag.VALIDATION, 0))))
     for t, action in enumerate(episode.actions):
         if t % EVERY == 0:
             frame = Image.fromarray(env.render())

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     agent = ag.AggreVateDAgent(ag.Config(**options_of("hopper_expert"), n_workers=1, device="cpu"))
     env = ag.make_env("Hopper-v5")
     policy = SACPolicy(env.observation_space, env.action_space, lambda _: 0.0, [256, 256])
-    policy.load_state_dict(ag.read_sac_zip(agent.expert_path)[0])
+    policy.load_state_dict(ag.read_sac_zip(agent.expert.path)[0])
     players = pickle.dumps((Noisy(policy.actor), agent.expert))
     with open(HERE / "hopper_noise.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -40,11 +40,6 @@ if __name__ == "__main__":
             how = players, "Hopper-v5", {}, 0.0, x, 1000
             played = [ag.roll_in(*how, (HOPPER, i)) for i in range(100)]
             returns, lengths = ag.returns_of(played), np.array([len(t.rewards) for t in played])
-            line = (
-                x,
-                returns.mean(),
-                ag.standard_error(returns),
-                np.mean(lengths == 1000),
-                np.median(lengths),
-            )
+            score = returns.mean(), ag.standard_error(returns)
+            line = x, *score, np.mean(lengths == 1000), np.median(lengths)
             table.writerow([round(float(value), 3) for value in line])

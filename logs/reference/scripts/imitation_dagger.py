@@ -52,7 +52,7 @@ def train(seed: int, folder: str) -> tuple[Player, list[tuple]]:
     (venv := DummyVecEnv([lambda: env])).seed(seed)
     spaces = dict(observation_space=venv.observation_space, action_space=venv.action_space)
     expert = SACPolicy(**spaces, lr_schedule=lambda _: 0.0, net_arch=[256, 256])
-    expert.load_state_dict(ag.read_sac_zip(agent.expert_path)[0])
+    expert.load_state_dict(ag.read_sac_zip(agent.expert.path)[0])
     policy = ActorCriticPolicy(
         **spaces, lr_schedule=lambda _: 0.0, net_arch=dict(pi=[UNITS, UNITS], vf=[]),
         features_extractor_class=NormalizeFeaturesExtractor,  # standardises by round 0's states
