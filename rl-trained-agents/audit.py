@@ -24,6 +24,12 @@ def returns_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
     return result
 
 
+def q_star(expert, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Q*(s, a) (N,): the least that the critics say, or those that were evaluated."""
+    q = expert.q_values(torch.from_numpy(states), torch.from_numpy(actions))
+    return q[:, q.shape[1] // 2 if expert.evaluated else 0 :].amin(dim=1).numpy()
+
+
 def what_came(agent: AggreVateDAgent, episodes: list[tuple], price: Callable) -> tuple:
     """(states, actions, returns, steps to the fall) of all steps that count, (N, ...) each.
 
@@ -38,8 +44,8 @@ def what_came(agent: AggreVateDAgent, episodes: list[tuple], price: Callable) ->
         to_fall = np.arange(end)[::-1] if fell else np.full(end, np.inf)
         rewards = np.array(price(t.rewards, t.actions, to_fall == 0))
         if cut_off:  # what would still have come is taken from Q*: little, in the steps that count
-            last = torch.from_numpy(t.states[-1:]), torch.from_numpy(t.actions[-1:])
-            rewards[-1], end = agent.get_q_star(*last).item(), max(end - TAIL, end // 4)
+            (rewards[-1],) = q_star(agent.expert, t.states[-1:], t.actions[-1:])
+            end = max(end - TAIL, end // 4)
         returns = returns_to_go(rewards, agent.expert.gamma)
         columns.append([x[first:end] for x in (t.states, t.actions, returns, to_fall)])
     return tuple(np.concatenate(x) for x in zip(*columns, strict=True))
@@ -48,7 +54,7 @@ def what_came(agent: AggreVateDAgent, episodes: list[tuple], price: Callable) ->
 def audit(agent: AggreVateDAgent, came: tuple) -> dict:
     """Q* of the agent's critics against what came: all in all, before falls and elsewhere."""
     states, actions, returns, to_fall = came
-    q = agent.get_q_star(torch.from_numpy(states), torch.from_numpy(actions))[:, 0].numpy()
+    q = q_star(agent.expert, states, actions)
 
     def said_and_came(rows) -> dict:
         means = float(q[rows].mean()), float(returns[rows].mean())

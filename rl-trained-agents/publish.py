@@ -19,17 +19,17 @@ from stable_baselines3 import SAC
 from train_sac import Settings, reprice
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aggrevated import AggreVateDAgent, Config, NumpyPolicy, SACExpert
-from aggrevated import layer_sizes, make_env, roll_in
+from aggrevated import AggreVateDAgent, Config, NumpyPolicy, SACExpert, make_env, play_episode
 
-HALF_TRAINED = dict(max_iteration=5, eval_every=5, eval_episodes=1)  # a learner, for the audit
+HALF_TRAINED = dict(algorithm="weighted", max_iteration=5, eval_episodes=2)  # a learner to audit
 
 
 def merge(states: list[dict], env_name: str, zip_path: Path) -> None:
     """Save the mean of the weights, actor's and critics', in a fresh agent: no optimiser state."""
     mean = {k: torch.stack([s[k] for s in states]).double().mean(dim=0) for k in states[0]}
-    kwargs = dict(net_arch=layer_sizes(mean, "actor.latent_pi."))
-    model = SAC("MlpPolicy", make_env(env_name), buffer_size=1, policy_kwargs=kwargs)
+    units = [len(x) for k, x in mean.items() if "actor.latent_pi." in k and x.ndim == 2]
+    how = dict(buffer_size=1, policy_kwargs=dict(net_arch=units))
+    model = SAC("MlpPolicy", make_env(Config(env_name=env_name)), **how)
     model.policy.load_state_dict(mean)
     model.save(zip_path)
 
@@ -56,7 +56,7 @@ def play_after_a_learner(agent: AggreVateDAgent, n: int) -> list[tuple]:
     episodes = []
     for i, first in enumerate(firsts):
         players = pickle.dumps((HandOver(learner, agent.expert, first), agent.expert))
-        t = roll_in(players, c.env_name, c.env_kwargs, 0.0, 0.0, agent.horizon, (AUDIT, i))
+        t = play_episode(players, c, 0.0, 0.0, agent.horizon, (AUDIT, i))
         if len(t.rewards) > first:
             episodes.append((t, first))
     return episodes
@@ -82,7 +82,7 @@ def main() -> None:
     merge([c["average"] for c in checkpoints], env_name, zip_path)
     how = dict(env_name=env_name, expert_path=str(zip_path), n_workers=1, device="cpu")
     agent = AggreVateDAgent(Config(**how, **HALF_TRAINED))
-    played = agent.evaluate("expert", args.episodes, AUDIT)
+    played = agent.play([(AUDIT, i) for i in range(args.episodes)], 1.0, 0.0, agent.horizon)
     rows = np.array([(i, t.rewards.sum(dtype=float), len(t.rewards)) for i, t in enumerate(played)])
     header = dict(header="episode,return,length", comments="")
     np.savetxt(folder / "returns.csv", rows, "%d,%.3f,%d", **header)

@@ -74,7 +74,7 @@ def small(expert_zip):
 def make_agent(small):
     """make_agent(**changes): an agent without a run folder; its workers end with the test."""
     agents = []
-    yield lambda **changes: agents.append(aggrevated.open_agent(small(**changes))) or agents[-1]
+    yield lambda **changes: agents.append(aggrevated.open_agent(**small(**changes))) or agents[-1]
     for agent in agents:
         agent.close()
 
@@ -87,15 +87,13 @@ def run_main():
         out, err, argv = io.StringIO(), io.StringIO(), [str(a) for a in args]
         fields |= {k: json.dumps(v) for k, v in fields.items() if isinstance(v, dict)}
         argv += [f"--{k}={v}" for k, v in fields.items()]
-        aggrevated.handle_signals(aggrevated.interrupt)  # as the program does
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = aggrevated.main(argv)
         except SystemExit as end:  # argparse's
             status = end.code
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C changes it
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
     return run

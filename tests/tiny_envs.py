@@ -1,5 +1,6 @@
 """Environments of a few steps; `tiny_envs:NAME-v0` finds them in every process."""
 
+import random
 from pathlib import Path
 
 import gymnasium as gym
@@ -45,28 +46,56 @@ class Guess(Tiny):
 
 
 class Strange(gym.Env):
-    """As strangers make them: steps, position and a random number are seen, and drawn as a colour."""
+    """As strangers make them.  Steps, position and a random number are seen, and drawn as a colour.
+
+    The reward is -|position + number|, or `pay`; `flaw` is one of those below.
+    """
 
     metadata = {"render_modes": ["rgb_array"]}
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    open = 0  # simulators in this process
 
-    def __init__(self, render_mode=None, dtype="float32", pay=None, nan_at=None, broken=""):
+    def __init__(
+        self, render_mode=None, dtype="float32", low=(-2,), high=(2,), seen_dtype="float64",
+        pay=None, nan_at=None, broken="", flaw="",
+    ):  # fmt: skip
         self.render_mode, self.pay, self.nan_at, self.broken = render_mode, pay, nan_at, broken
-        self.action_space = gym.spaces.Box(-2, 2, (1,), np.dtype(dtype).type)
+        self.action_space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+        self.observation_space = gym.spaces.Box(-1000, 1000, (3,), seen_dtype)
+        self.flaw, self.number = flaw, np.random.uniform()
+        if flaw == "no display":
+            raise OSError("no display")
+        if flaw == "only one" and Strange.open:
+            raise RuntimeError("the simulator is in use")
+        Strange.open += 1
+
+    def close(self):
+        Strange.open -= 1
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.seen = np.array([0, 0, self.np_random.uniform()])
-        return self.seen.copy(), {}
+        ways = {"numpy": np.random.uniform, "random": random.random}
+        number = ways.get(self.flaw, self.np_random.uniform)()
+        number = self.number if self.flaw == "constructor" else number
+        # observations of a space of integers have fractions all the same
+        kind = "float32" if self.observation_space.dtype == "float32" else "float64"
+        self.seen = np.array([0, 0, number], kind)
+        return self.observe(), {}
 
     def step(self, action):
-        assert self.action_space.contains(action), action  # its type too
+        integer = self.action_space.dtype.kind == "i"  # SB3 gives floats all the same
+        assert integer or self.action_space.contains(action), action  # its type too
         if Path(self.broken).is_file():
             raise ArithmeticError("the motor is gone")
-        self.seen += [1, action.item(), 0]
-        seen = np.full(3, np.nan) if self.seen[0] == self.nan_at else self.seen.copy()
-        reward = -abs(self.seen[1]) if self.pay is None else self.pay
-        return seen, np.array([reward]), False, False, {}
+        self.seen += [1, action.sum(), 0]
+        reward = -abs(self.seen[1:].sum()) if self.pay is None else self.pay
+        return self.observe(), reward, False, False, {}
+
+    def observe(self):
+        if self.seen[0] == self.nan_at:
+            return np.full(3, np.nan)
+        if self.flaw == "in place":
+            return self.seen
+        return self.seen[None].copy() if self.flaw == "row" else self.seen.copy()
 
     def render(self):
         if self.pay is not None:
@@ -81,10 +110,9 @@ def colour(seen):
 for cls in (Tiny, Guess):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=5)
 for name, kwargs in dict(
-    Narrow=dict(low=(-1,), high=(1,)), Lopsided=dict(low=(-3, 0), high=(1, 10)),
-    Unbounded=dict(low=(-np.inf,), high=(np.inf,)),
+    Lopsided=dict(low=(-3, 0), high=(1, 10)), Unbounded=dict(low=(-np.inf,), high=(np.inf,)),
     Double=dict(low=(-0.3,), high=(0.1,), dtype=np.float64),  # float32's 0.1 is beyond it
 ).items():  # fmt: skip
     gym.register(f"{name}-v0", Tiny, max_episode_steps=5, kwargs=kwargs)
-for name, threshold in [("Strange", None), ("Solvable", 100.0), ("Negative", -3.75)]:
+for name, threshold in [("Strange", None), ("own/Strange", None), ("Negative", -3.75)]:
     gym.register(f"{name}-v0", Strange, max_episode_steps=20, reward_threshold=threshold)

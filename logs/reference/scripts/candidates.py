@@ -4,13 +4,13 @@
 
 In states that the learner visits, two candidates around the expert's action a*: the first that is
 drawn, and that one of 16 others which has the largest advantage by the evaluated critics, the min
-over them of Q_i(s, a) - Q_i(s, a*); beside it the same by the zip's own.  What came is the return of
-a replay in which the candidate is played once and the expert goes on, less that of a* in its place.
+over them of Q_i(s, a) - Q_i(s, a*); beside it the same by SAC's own.  What came is the return of a
+replay in which the candidate is played once and the expert goes on, less that of a* in its place.
 """
 
 import pickle
 
-from common import HARDCORE, HERE, ROOT, ag
+from common import HARDCORE, HERE, ROOT, ag, terrain
 import numpy as np
 import torch
 from tqdm import tqdm, trange
@@ -18,6 +18,8 @@ from tqdm import tqdm, trange
 STREAM, EPISODES, STEPS = 13, 250, 800  # the learner's episodes; later states' replays are long
 STATES, BEFORE, AFTER = 150, 150, 400  # of each kind; steps before a fall; steps after the state
 CANDIDATES, NOISE, FALL = 16, 0.3, -25.0  # as in training; the task's actions are in [-1, 1]
+
+CONFIG = ag.Config(env_name=HARDCORE)
 
 
 def draw_states(episodes: list, rng) -> list[list[int]]:
@@ -31,16 +33,17 @@ def draw_states(episodes: list, rng) -> list[list[int]]:
     return sorted(np.concatenate([rng.choice(k, STATES, replace=False) for k in kinds]).tolist())
 
 
-def advantages(expert, state: np.ndarray, action: np.ndarray) -> np.ndarray:
-    """What actions (M, 4) are better by than the first of them (M,): all critics must agree."""
-    q = expert.critics(torch.from_numpy(state).expand(len(action), -1), torch.from_numpy(action))
-    return (q - q[0]).amin(dim=1).numpy()
+def advantages(expert, state: np.ndarray, action: np.ndarray) -> list[np.ndarray]:
+    """What actions (M, 4) are better by than the first (M,), by evaluated critics and SAC's own."""
+    q = expert.q_values(torch.from_numpy(state).expand(len(action), -1), torch.from_numpy(action))
+    own, evaluated = (q - q[0]).chunk(2, dim=1)
+    return [x.amin(dim=1).numpy() for x in (evaluated, own)]  # all must agree
 
 
 def replay(expert, i: int, trajectory, step: int, action: np.ndarray) -> float:
     """The discounted return from a state on, by this action and then the expert's."""
-    env, total = ag.make_env(HARDCORE), 0.0
-    state, _ = env.reset(seed=ag.terrain_seed(np.random.default_rng((STREAM, i))))
+    env, total = ag.make_env(CONFIG), 0.0
+    state, _ = env.reset(seed=terrain((STREAM, i)))
     for earlier in np.clip(trajectory.actions[:step], -1, 1):
         state, *_ = env.step(earlier)
     assert np.array_equal(state, trajectory.states[step])
@@ -55,17 +58,17 @@ def replay(expert, i: int, trajectory, step: int, action: np.ndarray) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    env, rng, lines = ag.make_env(HARDCORE), np.random.default_rng((STREAM, EPISODES)), []
-    zips = [ROOT / f"rl-trained-agents/sac/{HARDCORE}_{i}/{HARDCORE}.zip" for i in (4, 2)]
-    expert, sac = (ag.SACExpert(x, env.observation_space, env.action_space) for x in zips)
+    env, rng, lines = ag.make_env(CONFIG), np.random.default_rng((STREAM, EPISODES)), []
+    path = ROOT / f"rl-trained-agents/sac/{HARDCORE}_4/{HARDCORE}.zip"
+    expert = ag.SACExpert(path, env.observation_space, env.action_space)
     players = pickle.dumps((ag.load_policy(HERE / "policies" / "past_expert_s0.pt"), expert))
-    how, streams = (players, HARDCORE, {}, 0.0, 0.0, STEPS), trange(EPISODES, desc="playing")
-    episodes = [ag.roll_in(*how, (STREAM, i)) for i in streams]
+    how, streams = (players, CONFIG, 0.0, 0.0, STEPS), trange(EPISODES, desc="playing")
+    episodes = [ag.play_episode(*how, (STREAM, i)) for i in streams]
     for i, step, before in tqdm(draw_states(episodes, rng), desc="replaying"):
         t, noise = episodes[i], NOISE * rng.standard_normal((2 + CANDIDATES, 4))
         noise[0] = 0  # a* itself
         action = np.clip(expert.predict(t.states[step]) + noise, -1, 1).astype(np.float32)
-        said = [advantages(x, t.states[step], action) for x in (expert, sac)]
+        said = advantages(expert, t.states[step], action)
         tried = dict(random=1, best=2 + said[0][2:].argmax())
         a_star = replay(expert, i, t, step, action[0])
         for kind, m in tried.items():

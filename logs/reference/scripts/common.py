@@ -65,7 +65,8 @@ def lock(path: Path, wait=True):
 
 def place(line: dict) -> tuple:
     """Where a line stands in its table: rows as in rows.json, then seeds and terrains."""
-    return list(ROWS).index(line["row"]), int(line["seed"] or 0), line.get("terrains")
+    order = [*ROWS, line["row"]].index(line["row"])  # a row that is new in the file comes last
+    return order, line["row"], int(line["seed"] or 0), line.get("terrains")
 
 
 def merge(name: str, new: list[tuple]) -> None:
@@ -85,11 +86,16 @@ def merge(name: str, new: list[tuple]) -> None:
         os.replace(HERE / f".{name}.tmp", HERE / f"{name}.csv")
 
 
+def terrain(stream: tuple) -> int:
+    """The environment's seed in an episode, as `aggrevated.play_episode` draws it."""
+    return int(np.random.default_rng(stream).integers(2**31))
+
+
 def obstacle(stream: tuple, actions: np.ndarray) -> str:
     """What Hardcore's episode ended at: the obstacle within 4 steps of the hull, or grass."""
     step, names = 14 / 30, {4: "pit", 1: "stairs"}  # the terrain's unit; widths in it
-    env = ag.make_env(HARDCORE)
-    env.reset(seed=ag.terrain_seed(np.random.default_rng(stream)))
+    env = ag.make_env(ag.Config(env_name=HARDCORE))
+    env.reset(seed=terrain(stream))
     for action in actions:
         env.step(action)
     x, near = env.unwrapped.hull.position.x, [(4 * step, "grass")]
@@ -109,7 +115,7 @@ def play(row: str, terrains: str, policy=None, most=500) -> list[tuple]:
     episodes, alpha = ROWS[expert_of(row)].get("episodes", 500), float(policy is None)
     for i in trange(min(episodes, most, 300 if terrains == "validation" else 500), desc=row):
         stream = TERRAINS[terrains], i
-        t = ag.roll_in(players, c.env_name, c.env_kwargs, alpha, 0.0, agent.horizon, stream)
+        t = ag.play_episode(players, c, alpha, 0.0, agent.horizon, stream)
         total = float(t.rewards.sum())
         failed = c.env_name == HARDCORE and total < FAILED
         end = obstacle(stream, t.actions) if failed else ""

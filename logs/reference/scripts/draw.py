@@ -23,20 +23,27 @@ ENDS = {  # what an episode of Hardcore that failed ended at
     "grass": "open grass", "time": "time limit",
 }  # fmt: skip
 
-
 SAC_LOG = ROOT / "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/evaluations.csv"
-GAPS = np.genfromtxt(HERE / "why.csv", delimiter=",", names=True)
 STYLES = {  # a colour of Okabe and Ito, a line style and a marker for each method, everywhere
     "aggrevated": ("AggreVaTeD", "#0072B2", "-", "o"),
+    "weighted": ("weighted imitation", "#009E73", "-.", "^"),
     "dagger": ("DAgger", "#E69F00", (0, (5, 1.5)), "s"),
-    "natural": ("the paper's gradient, natural steps", "#009E73", "-.", "^"),
     "bc": ("behaviour cloning", "#D55E00", (0, (8, 2)), "P"),
     "expert": ("the expert", "black", "--", "*"),
     "sac": ("SAC from scratch", "#999999", "-", ""),
+    "two_critics": ("SAC's two critics", "#CC79A7", "--", "v"),
+    "four_critics": ("these and two evaluated ones", "#0072B2", "-", "o"),
 }
 
 
 # -- reading ---------------------------------------------------------------------------------------
+@cache
+def columns(name: str) -> np.ndarray:
+    """A small table, by its columns' names."""
+    how = dict(delimiter=",", names=True, dtype=None, encoding="utf-8")
+    return np.genfromtxt(HERE / f"{name}.csv", **how)
+
+
 @cache
 def runs(table: str) -> dict[tuple, dict]:
     """{(row, terrains): {seed: lines}} of a table; evaluations.csv has no terrains."""
@@ -57,6 +64,11 @@ def scored(*rows: str) -> list[str]:
     return [row for row in rows if terrains_of(row)]
 
 
+def logged(*rows: str) -> list[str]:
+    """Those of the rows that have validation episodes of their training."""
+    return [row for row in rows if (row, None) in runs("evaluations")]
+
+
 def episodes(row: str, who="best", terrains=None) -> list[list[dict]]:
     """Each seed's test episodes, of its best or last iterate, which may be the same."""
     seeds = runs("returns")[row, terrains or terrains_of(row)].values()
@@ -71,8 +83,7 @@ def returns(row: str, who="best", terrains=None) -> np.ndarray:
 def cost(row: str) -> np.ndarray:
     """Environment steps and minutes of training, without evaluation, mean over the seeds."""
     ends = [lines[-1] for lines in runs("evaluations")[row, None].values()]
-    own = np.mean([(int(x["env_steps"]), float(x["seconds"]) / 60) for x in ends], axis=0)
-    return own + (cost(ROWS[row]["start_from"]) if "start_from" in ROWS[row] else 0)
+    return np.mean([(int(x["env_steps"]), float(x["seconds"]) / 60) for x in ends], axis=0)
 
 
 # -- numbers, also for the text: {name argument ...} -----------------------------------------------
@@ -100,6 +111,12 @@ def mean(row: str) -> str:
     return f"{x.mean():.1f}" + (f" ({x.min():.1f} to {x.max():.1f})" if len(x) > 1 else "")
 
 
+def validated(row: str) -> str:
+    """`mean` on the 300 validation terrains."""
+    x = returns(row, terrains="validation").mean(axis=1)
+    return f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})"
+
+
 def solved(row: str) -> str:
     """How many seeds have a mean of 300, from which on the course counts as solved."""
     x = returns(row).mean(axis=1)
@@ -118,8 +135,9 @@ def steps(row: str) -> str:
 
 def gap(last=0, first=-1) -> str:
     """Mean gap between these steps before a fall; without them, in episodes that end well."""
-    before = GAPS["steps_before_fall"]
-    return f"{GAPS['gap'][(before > int(first)) & (before <= int(last))].mean():.3g}"
+    why = columns("why")
+    before = why["steps_before_fall"]
+    return f"{why['gap'][(before > int(first)) & (before <= int(last))].mean():.3g}"
 
 
 def tried(column: str, kind="", before="") -> np.ndarray:
@@ -156,21 +174,27 @@ def score_table(rows: list[str], last=False, reference="", of="its expert") -> s
         if (other, terrains_of(row)) not in runs("returns"):
             continue
         has_threshold = "BipedalWalker" in ag.Config(**options_of(row)).env_name
-        name = f"{ROWS[row]['name']} `{row}`" if last else ROWS[row]["name"]
+        name = f"{ROWS[row]['name']} `{row}`" if last or reference else ROWS[row]["name"]
         line = [name, f"{len(x)} × {x.shape[1]}", mean(row)]
         line.append(f"{np.mean(x >= 300):.1%}" if has_threshold else "")
         if expert_of(row) != row:
             line += [minus(row, other, who) for who in ("best", "last")[: 1 + last]]
-            line += [steps(row), f"{cost(row)[1]:.1f}"]
+            line += [steps(row), f"{cost(row)[1]:.1f}"] if logged(row) else []
         lines.append(line + [""] * (len(head) - len(line)))
     return table(head, lines)
 
 
 def others_table() -> str:
-    """An agent a line: expert, learner, difference."""
-    pairs = [(row, expert_of(row)) for row in scored(*PRINTED["others"])]
-    lines = [[ROWS[r]["name"].split(":")[0], mean(e), mean(r), minus(r, e)] for r, e in pairs]
-    return table(["task", "its expert", "AggreVaTeD", "difference (95 % CI)"], lines)
+    """An agent a line: the expert; AggreVaTeD and weighted imitation, and what they differ by."""
+    lines = []
+    for row in scored(*PRINTED["others"]):
+        expert, numbers = expert_of(row), []
+        for learner in (row, f"{row}_weighted"):
+            there = scored(learner)
+            numbers += [mean(learner), minus(learner, expert)] if there else ["", ""]
+        lines.append([ROWS[row]["name"].split(":")[0], mean(expert), *numbers])
+    head = ["AggreVaTeD", "difference (95 % CI)", "weighted imitation", "difference"]
+    return table(["task", "its expert", *head], lines)
 
 
 def ends_of(row: str) -> dict[str, float]:
@@ -202,20 +226,20 @@ def speed_table() -> str:
     return table(["on " + numbers.pop("machine"), ""], list(map(list, numbers.items())))
 
 
-def printed() -> str:
-    """What `python aggrevated.py` prints of seed 0, from its validation episodes."""
-    points: dict[tuple, list[float]] = {}
-    for x in runs("evaluations")["aggrevated", None]["0"]:
-        when = x["policy"], int(x["iteration"]), int(x["env_steps"]), float(x["seconds"])
-        points.setdefault(when, []).append(float(x["return"]))
-    (_, expert), *learner = [(when, np.array(x)) for when, x in points.items()]
-    lines = [ag.progress(*when[1:], x, expert[: len(x)], 300) for when, x in learner]
-    return "\n".join(f"    {line}" for line in lines)
+def printed(row="aggrevated", seed="0") -> str:
+    """What the program prints in training, from its validation episodes."""
+    points: dict[str, list[float]] = {}
+    for x in runs("evaluations").get((row, None), {}).get(seed, []):
+        n, env_steps, seconds = int(x["iteration"]), int(x["env_steps"]), float(x["seconds"])
+        now = f"iteration {n:3d} {env_steps:8d} steps {seconds:5.0f} s  {x['policy']:7s}"
+        points.setdefault(now, []).append(float(x["return"]))
+    lines = [f"    {now} {ag.describe(np.array(x), 300)}" for now, x in points.items()]
+    return "\n".join(lines) or "Not run yet."
 
 
 def noise_table() -> str:
     """hopper_noise.csv."""
-    lines = np.genfromtxt(HERE / "hopper_noise.csv", delimiter=",", skip_header=1)
+    lines = columns("hopper_noise")
     lines = [[f"{x}", f"{m:.0f} ± {e:.0f}", f"{w:.0%}", f"{t:.0f}"] for x, m, e, w, t in lines]
     return table(["share of its noise", "mean return", "whole episodes", "median length"], lines)
 
@@ -228,7 +252,7 @@ def tables() -> dict[str, str]:
         others=others_table(),
         hardcore=score_table(list(TABLES["hardcore"]), last=True),
         tasks=score_table(list(TABLES["tasks"]), last=True),
-        ablations=score_table(list(TABLES["ablations"]), True, "aggrevated", "the default"),
+        ablations=score_table(list(TABLES["ablations"]), False, "aggrevated", "`aggrevated`"),
         ends=ends_table(),
         differences=differences(),
         noise=noise_table(),
@@ -242,11 +266,12 @@ def fill(page: str) -> str:
 
     A paragraph that needs a row which has not been run is left out.
     """
-    numbers = {f.__name__: f for f in (mean, minus, solved, failed, steps, gap, states, rank)}
+    functions = mean, validated, minus, solved, failed, steps, gap, states, rank
+    numbers = {f.__name__: f for f in functions}
     numbers |= {name: text.__str__ for name, text in tables().items()}
     paragraphs = []
     for paragraph in page.split("\n\n"):
-        with suppress(KeyError):
+        with suppress(KeyError, FileNotFoundError):
             call = lambda match: numbers[match[1]](*match[2].split())  # noqa: E731
             paragraphs.append(re.sub(r"\{(\w+)((?: \w+)*)\}", call, paragraph))
     return "\n\n".join(paragraphs)
@@ -260,8 +285,8 @@ def style(method: str, **more) -> dict:
     return look | dict(linewidth=1.5) | more
 
 
-def curve(row: str, policy: str, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps and numbers of episodes (evaluations,), mean returns (seeds, evaluations)."""
+def curve(row: str, policy: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (evaluations,) and mean returns (seeds, evaluations), by the first n episodes."""
     every = []
     for run in runs("evaluations")[row, None].values():
         points: dict[int, list[tuple]] = {}
@@ -269,27 +294,28 @@ def curve(row: str, policy: str, n: int) -> tuple[np.ndarray, np.ndarray, np.nda
             if x["policy"] == policy and int(x["episode"]) < n:
                 point = int(x["env_steps"]), float(x["return"])
                 points.setdefault(int(x["iteration"]), []).append(point)
-        every.append({i: (x[0][0], len(x), np.mean(x, axis=0)[1]) for i, x in points.items()})
+        every.append({i: np.mean(x, axis=0) for i, x in points.items()})
     common = sorted(set.intersection(*map(set, every)))  # iterations
-    steps, numbers, means = np.moveaxis([[x[i] for i in common] for x in every], 2, 0)
-    before = cost(row)[0] - steps[:, -1].mean()  # the steps of what it started from
-    return steps.mean(axis=0) + before, numbers[0], means
+    steps, means = np.moveaxis([[x[i] for i in common] for x in every], 2, 0)
+    return steps.mean(axis=0), means
+
+
+def draw_band(axes, x, y: np.ndarray, how: dict) -> None:
+    """Means over the seeds of y (seeds, points), and a band from the worst to the best."""
+    axes.plot(x, y.mean(axis=0), **how)
+    low, high = y.min(axis=0), y.max(axis=0)
+    axes.fill_between(x, low, high, alpha=0.2, linewidth=0, color=how["color"])
 
 
 def draw_curves(axes, rows: dict[str, str]) -> None:
-    """Means over the seeds, bands from the worst to the best, the expert by the same episodes."""
+    """Validation returns while they train, and the expert's in the same episodes."""
     every = [x for row in rows for x in runs("evaluations")[row, None].values()]
     n = 1 + min(max(int(x["episode"]) for x in run) for run in every)
     for row, method in rows.items():
-        steps, numbers, means = curve(row, "learner", n)
+        steps, means = curve(row, "learner", n)
         name = PRINTED["labels"].get(row, STYLES[method][0])
-        how = style(method, label=f"{name} ({len(means)} seeds)")
-        axes.plot(steps, means.mean(axis=0), **how)
-        few, hollow = numbers < n, dict(linestyle="", markerfacecolor="white", label=None)
-        axes.plot(steps[few], means.mean(axis=0)[few], **how | hollow)
-        low, high = means.min(axis=0), means.max(axis=0)
-        axes.fill_between(steps, low, high, alpha=0.2, linewidth=0, color=how["color"])
-    axes.axhline(curve(next(iter(rows)), "expert", n)[2].mean(), **style("expert"))
+        draw_band(axes, steps, means, style(method, label=f"{name} ({len(means)} seeds)"))
+    axes.axhline(curve(next(iter(rows)), "expert", n)[1].mean(), **style("expert"))
     axes.set(xscale="log", xlabel="environment steps of training")
     axes.set(ylabel=f"mean return of the first {n} validation episodes")
 
@@ -320,7 +346,7 @@ def draw_ends(axes, rows: dict[str, str]) -> None:
 
 def draw_why(axes) -> None:
     """The gap of a cloned learner over the steps before its falls."""
-    usual, falls = GAPS[0], GAPS[1:]
+    usual, falls = columns("why")[0], columns("why")[1:]
     x, y, error = (falls[k] for k in ("steps_before_fall", "gap", "standard_error"))
     label = f"a cloned learner before {falls['episodes'].max():.0f} falls"
     axes.plot(x, y, **style("bc", markevery=10, label=label))
@@ -328,20 +354,34 @@ def draw_why(axes) -> None:
     label = f"its mean over {usual['episodes']:.0f} episodes that ended well"
     axes.axhline(usual["gap"], **style("bc", marker="", linestyle=":", label=label))
     axes.invert_xaxis()
-    axes.set(xlabel="steps before the fall", ylabel="Q*(s, expert) - Q*(s, learner)")
+    axes.set(xlabel="steps before the fall", ylabel="-A*(s, learner's mean action)")
 
 
-def draw_candidates(axes, column: str, critics: str) -> None:
+def draw_candidates(*both) -> None:
     """What critics said of candidates and what came, and means of six bins of equal counts."""
-    for before, method, place in (("0", "aggrevated", "elsewhere"), ("1", "bc", "before a fall")):
-        x, y = tried(column, "", before).clip(-1, 1), tried("came", "", before).clip(-8, 8)
-        axes.plot(x, y, **style(method, linestyle="", alpha=0.3, markersize=3, label=place))
-    said, came = tried(column), tried("came")
-    for x in np.array_split(said.argsort(), 6):
-        y, error = came[x].mean(), ag.standard_error(came[x])
-        axes.errorbar(said[x].mean(), y, 2 * error, fmt="s", color="black", markersize=4, capsize=3)
-    axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
-    axes.set(xlabel=f"better by {critics} critics", ylabel="really better by", xlim=(-1.1, 1.1))
+    places = ("0", "aggrevated", "elsewhere"), ("1", "bc", "before a fall")
+    names = {"advantage": "evaluated", "advantage_zip": "SAC's own"}
+    for axes, (column, critics) in zip(both, names.items(), strict=True):
+        for before, method, label in places:
+            x, y = tried(column, "", before).clip(-1, 1), tried("came", "", before).clip(-8, 8)
+            axes.plot(x, y, **style(method, linestyle="", alpha=0.3, markersize=3, label=label))
+        said, came = tried(column), tried("came")
+        for i in np.array_split(said.argsort(), 6):
+            error = 2 * came[i].std(ddof=1) / len(i) ** 0.5
+            axes.errorbar(said[i].mean(), came[i].mean(), error, fmt="ks", ms=4, capsize=3)
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.7)
+        axes.set(xlabel=f"better by {critics} critics", ylabel="really better by", xlim=(-1.1, 1.1))
+
+
+def draw_exploitation(left, right) -> None:
+    """What A* promises and what comes, by iteration."""
+    for row in ("two_critics", "four_critics"):
+        points = columns("exploitation")[columns("exploitation")["row"] == row]
+        n = np.unique(points["iteration"])
+        for axes, column in ((left, "promised"), (right, "came")):
+            draw_band(axes, n, points[column].reshape(-1, len(n)), style(row))
+    left.set(xlabel="iteration", ylabel="mean of A*(s, mean action)")
+    right.set(xlabel="iteration", ylabel="validation return less the expert's")
 
 
 def save(name: str, figure, axes) -> None:
@@ -354,8 +394,9 @@ def save(name: str, figure, axes) -> None:
 def draw_all() -> None:
     """Every figure whose rows have numbers."""
     for name, rows in PRINTED["curves"].items():
-        rows, wide = {row: rows[row] for row in scored(*rows)}, name == "past_expert"
-        if not rows:
+        rows = {row: rows[row] for row in scored(*logged(*rows))}
+        wide = name == "past_expert"
+        if not scored(*map(expert_of, rows)):
             continue
         size = dict(figsize=(8 + 2 * wide, 5), squeeze=False, layout="constrained")
         figure, axes = plt.subplots(1, 1 + wide, **size)
@@ -369,13 +410,12 @@ def draw_all() -> None:
             inset = left.inset_axes([0.15, 0.2, 0.37, 0.46])
             draw_scores(inset, {row: PRINTED["inset"][row] for row in scored(*PRINTED["inset"])})
         save(name, figure, left)
-    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    draw_why(axes)
-    save("why", figure, axes)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
-    draw_candidates(left, "advantage", "evaluated")
-    draw_candidates(right, "advantage_zip", "SAC's own")
-    save("candidates", figure, left)
+    for draw, n in ((draw_why, 1), (draw_candidates, 2), (draw_exploitation, 2)):
+        size = dict(figsize=(8, 3.6), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, n, **size)
+        with suppress(FileNotFoundError):
+            draw(*axes[0])
+            save(draw.__name__.removeprefix("draw_"), figure, axes[0, 0])
 
 
 if __name__ == "__main__":

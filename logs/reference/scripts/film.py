@@ -6,11 +6,12 @@ A run plays by its best iterate; a policy file will do too, and its film lies be
 """
 
 import argparse
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from common import ag
-import numpy as np
+from common import ag, terrain
 from PIL import Image, ImageDraw
 
 EVERY, SIZE = 5, (480, 480)  # steps between pictures; their largest size
@@ -19,8 +20,9 @@ EVERY, SIZE = 5, (480, 480)  # steps between pictures; their largest size
 def draw(c: ag.Config, episode: ag.Trajectory) -> list[Image.Image]:
     """Every fifth step of an episode on the first validation terrain, with step and return."""
     frames = []
-    env = ag.make_env(c.env_name, **c.env_kwargs | dict(render_mode="rgb_array"))
-    env.reset(seed=ag.terrain_seed(np.random.default_rng((ag.VALIDATION, 0))))
+    kwargs = json.loads(c.env_kwargs) | dict(render_mode="rgb_array")
+    env = ag.make_env(replace(c, env_kwargs=json.dumps(kwargs)))
+    env.reset(seed=terrain((ag.VALIDATION, 0)))
     for t, action in enumerate(episode.actions):
         if t % EVERY == 0:
             frame = Image.fromarray(env.render())
@@ -28,8 +30,7 @@ def draw(c: ag.Config, episode: ag.Trajectory) -> list[Image.Image]:
             text = f"step {t}, return {episode.rewards[:t].sum():.0f}"
             ImageDraw.Draw(frame).text((8, 8), text, "black", font_size=24)
             frames.append(frame.quantize(32, method=Image.Quantize.FASTOCTREE))
-        space = env.action_space
-        env.step(action.clip(space.low, space.high).astype(space.dtype))
+        env.step(action.clip(env.action_space.low, env.action_space.high))
     env.close()
     return frames
 
@@ -37,8 +38,8 @@ def draw(c: ag.Config, episode: ag.Trajectory) -> list[Image.Image]:
 def save_gif(run: Path, path: Path, **changes) -> None:
     """The film of a run's best iterate; UserError unless the run and its pictures are there."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    agent = ag.open_agent(changes | dict(evaluate=run, n_workers=1, device="cpu"))
-    (episode,) = agent.evaluate(n_episodes=1)
+    agent = ag.open_agent(**changes, evaluate=run, n_workers=1, device="cpu")
+    (episode,) = agent.play([(ag.VALIDATION, 0)], 0.0, 0.0, agent.horizon)
     name = agent.config.env_name
     with ag.user_error_if(Exception, f"{name} cannot be drawn here"):  # no OpenGL, no pictures
         frames = draw(agent.config, episode)

@@ -16,7 +16,7 @@ from stable_baselines3.sac.policies import SACPolicy
 
 
 class Noisy:
-    """SAC's actor with noise, as `aggrevated.roll_in` plays a learner."""
+    """SAC's actor with noise, as `aggrevated.play_episode` plays a learner."""
 
     def __init__(self, actor):
         self.actor = actor
@@ -29,7 +29,7 @@ class Noisy:
 
 if __name__ == "__main__":
     agent = ag.AggreVateDAgent(ag.Config(**options_of("hopper_expert"), n_workers=1, device="cpu"))
-    env = ag.make_env("Hopper-v5")
+    env = ag.make_env(agent.config)
     policy = SACPolicy(env.observation_space, env.action_space, lambda _: 0.0, [256, 256])
     policy.load_state_dict(ag.read_sac_zip(agent.expert.path)[0])
     players = pickle.dumps((Noisy(policy.actor), agent.expert))
@@ -37,9 +37,10 @@ if __name__ == "__main__":
         table = csv.writer(file, lineterminator="\n")
         table.writerow("noise mean_return standard_error whole_episodes median_length".split())
         for x in (0, 0.25, 0.5, 1):
-            how = players, "Hopper-v5", {}, 0.0, x, 1000
-            played = [ag.roll_in(*how, (HOPPER, i)) for i in range(100)]
-            returns, lengths = ag.returns_of(played), np.array([len(t.rewards) for t in played])
-            score = returns.mean(), ag.standard_error(returns)
+            how = players, agent.config, 0.0, x, 1000
+            played = [ag.play_episode(*how, (HOPPER, i)) for i in range(100)]
+            returns = np.array([t.rewards.sum() for t in played])
+            lengths = np.array([len(t.rewards) for t in played])
+            score = returns.mean(), returns.std(ddof=1) / 10
             line = x, *score, np.mean(lengths == 1000), np.median(lengths)
             table.writerow([round(float(value), 3) for value in line])

@@ -12,6 +12,7 @@ are those of the default.
 """
 
 import itertools
+import math
 import tempfile
 import time
 
@@ -28,12 +29,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
-ROW, STEPS, ROUNDS, UNITS = "imitation_dagger", 150_000, 15, 128
-BATCH, BATCHES, LR = 1024, 147, 1e-2  # of a round; every batch is an update
+ROW, DEFAULT = "imitation_dagger", ag.Config(n_workers=1)
+ROUNDS, UNITS, LR = DEFAULT.max_iteration, DEFAULT.hidden_dim, DEFAULT.lr
+BATCH, BATCHES = DEFAULT.batch_sz, math.ceil(DEFAULT.update_sz / DEFAULT.batch_sz)  # of a round
+STEPS = 10_000 * ROUNDS
 
 
 class Player:
-    """The library's policy, as `aggrevated.roll_in` plays a learner."""
+    """The library's policy, as `aggrevated.play_episode` plays a learner."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -44,7 +47,7 @@ class Player:
 
 def train(seed: int, folder: str) -> tuple[Player, list[tuple]]:
     """The trained learner, and a line of evaluations.csv for the roll-ins of each round."""
-    agent = ag.AggreVateDAgent(ag.Config(n_workers=1))  # it knows where the expert is
+    agent = ag.AggreVateDAgent(DEFAULT)  # it knows where the expert is
     torch.manual_seed(seed)
     rng, started = np.random.default_rng(seed), time.perf_counter()
     # One alone: of several, those done with a round are stepped on, uncounted, until the last is.
@@ -63,12 +66,13 @@ def train(seed: int, folder: str) -> tuple[Player, list[tuple]]:
             l2_weight=0.0, optimizer_kwargs=dict(lr=LR), **quiet)  # fmt: skip
     trainer = SimpleDAggerTrainer(
         venv=venv, scratch_dir=folder, expert_policy=expert, rng=rng, bc_trainer=bc,
-        beta_schedule=LinearBetaSchedule(4), **quiet,
+        beta_schedule=LinearBetaSchedule(DEFAULT.alpha_decay_iterations), **quiet,
     )  # fmt: skip
     done = itertools.count(1)
 
-    def fall():  # linearly to 0 in every round
-        bc.optimizer.param_groups[0]["lr"] = LR * (1 - next(done) % BATCHES / BATCHES)
+    def fall():  # linearly over the rounds, and to 0 in every one
+        rounds, batches = divmod(next(done), BATCHES)
+        bc.optimizer.param_groups[0]["lr"] = LR * (1 - rounds / ROUNDS) * (1 - batches / BATCHES)
 
     # No rollouts for the log: those are 5 uncounted episodes every 500 batches.
     updates = dict(n_batches=BATCHES, log_rollouts_venv=None, progress_bar=False, on_batch_end=fall)

@@ -5,9 +5,10 @@
     python logs/reference/scripts/study.py --list                     what is missing
 
 A row is `python aggrevated.py` with its options in rows.json, once for each of its seeds, on one
-core.  Then the iterate which validation chose, and the last one if that is another, play 500 test
-terrains (100 if the task is not Hardcore) by their mean actions, the same for every policy.
-`--terrains validation` are 300 others, for choosing settings.
+core; some rows have another learner, a `variant` of variants.py.  Then the iterate which validation
+chose, and the last one if that is another, play 500 test terrains (100 if the task is not Hardcore)
+by their mean actions, the same for every policy.  `--terrains validation` are 300 others, for
+choosing settings.
 
 What is there is not done again.  A run that was killed goes on from its last checkpoint in
 .runs/ROW_sSEED beside aggrevated.py, and several processes may work at the same rows.
@@ -24,6 +25,7 @@ from common import HERE, ROOT, ROWS, TERRAINS, ag, expert_of, lock, merge, missi
 from common import score
 from film import save_gif
 import torch
+from variants import variant
 
 RUNS = ROOT / ".runs"  # not below logs/, where TensorBoard would find them
 
@@ -41,9 +43,6 @@ def train(row: str, seed: int) -> Path:
     """The folder of the row's run with this seed, which begins, goes on, or is there already."""
     folder, options = RUNS / f"{row}_s{seed}", options_of(row)
     options |= dict(seed=seed, n_workers=1, device="cpu", log_dir=os.path.relpath(folder))
-    if first := ROWS[row].get("start_from"):
-        with lock(RUNS / f"{first}_s{seed}.lock"):
-            options["init_path"] = os.path.relpath(train(first, seed) / "best.pt")
     last = next(folder.glob("*/last.pt"), None)
     if last and is_finished(last, options):
         return last.parent
@@ -51,11 +50,11 @@ def train(row: str, seed: int) -> Path:
     if last is None:
         shutil.rmtree(folder, ignore_errors=True)  # it was killed before its first checkpoint
         argv = [f"--{k}={v}" for k, v in options.items()]
-    if ag.main(argv):
-        sys.exit(f"{row}, seed {seed}, has stopped; the same command goes on")
+    with variant(ROWS[row].get("variant")):
+        if ag.main(argv):
+            sys.exit(f"{row}, seed {seed}, has stopped; the same command goes on")
     (last,) = folder.glob("*/last.pt")
-    state = torch.load(last, weights_only=True)
-    del state["experience"], state["optimizer"]  # they are large
+    state = torch.load(last, weights_only=True) | dict(data={})  # which is large
     torch.save(state, last.with_suffix(".tmp"))
     os.replace(last.with_suffix(".tmp"), last)
     return last.parent
@@ -99,7 +98,10 @@ def run_row(row: str, seeds=None, terrains=None) -> None:
                 run_row(expert_of(row), None, t)
                 run = train(row, seed)
                 keep(row, seed, run)
-                score(row, seed, t, policies_of(run))
+                policies = policies_of(run)
+                if t == "validation":  # settings are compared by what a run would give its user
+                    policies = dict(best=policies["best"])
+                score(row, seed, t, policies)
 
 
 if __name__ == "__main__":
