@@ -1,9 +1,9 @@
 """Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030) with a SAC expert.
 
-Learner and expert act in turns.  In the states that they visit, the learner's policy
+At each step the expert or the learner acts.  In the states that they visit, the policy
 gradient follows the expert's cost-to-go Q*, which the SAC agent's critics supply.
-`AggreVateDAgent.train` is Algorithm 1, except that old states are kept, a term for the
-expert's action is added, and rewards are maximised instead of costs minimised.
+`AggreVateDAgent.train` is Algorithm 1, but keeps old states, goes through the critics,
+adds a term for the expert's action, halves the roll-in noise, and maximises rewards.
 
     python aggrevated.py                        train with the defaults
     python aggrevated.py --seed 3 --K 20        every Config field is an option
@@ -63,7 +63,7 @@ BAD_FILE += zipfile.BadZipFile, zlib.error, lzma.LZMAError, pickle.UnpicklingErr
 
 @contextmanager
 def user_error_if(errors, sentence: str):
-    """Raise a UserError in their place: this sentence, then the error's first line."""
+    """Turn errors into a UserError: this sentence, then the error's own first one."""
     try:
         yield
     except errors as error:
@@ -77,7 +77,7 @@ ALGORITHMS = "aggrevated", "weighted", "dagger", "bc"
 
 @dataclass
 class Config:
-    """What you may want to change; each field is an option, its comment the help."""
+    """Options; the comment is the help.  Ranges in it are usual ones, not enforced."""
 
     env_name: str = "BipedalWalkerHardcore-v3"  # Gymnasium id, or module:id
     env_kwargs: str = "{}"  # further arguments of gym.make, as JSON
@@ -120,7 +120,7 @@ class Config:
 
 
 # == Learner ===================================================================
-LOG_STD_MIN, LOG_STD_MAX = -1.4, -1.0  # of u; lower: E[A*] is rougher; higher: too flat
+LOG_STD_MIN, LOG_STD_MAX = -1.4, -1.0  # of u; less: E[A*] is rough; more: too flat
 INPUT_BOUND = 10.0  # for standardised inputs that were constant at first and vary later
 
 
@@ -166,7 +166,7 @@ class PolicyNetwork(nn.Module):
         return self.squash(self(state)[0])
 
     def get_log_prob(self, state, action):
-        """log pi(action | state), of actions clipped to where u is finite."""
+        """log pi(action | state), of actions clipped to 99 % of the range."""
         mean, std = self(state)
         squashed = ((action - self.offset) / self.scale).clamp(-0.99, 0.99)
         log_slope = (1 - squashed**2).log() + self.scale.log()  # log |da/du|
@@ -226,7 +226,7 @@ def check_settings(settings: dict, space) -> None:
     """ValueError if policy, extractor or range of actions are not as needed."""
     made_of = dict(settings["policy_class"])
     if made_of["__module__"] != SACPolicy.__module__:
-        raise ValueError(f"its policy is of {made_of['__module__']}: {made_of.get('__init__')}")
+        raise ValueError(f"its policy is of {made_of['__module__']} {made_of.get('__init__', '')}")
     extractor = dict(settings["policy_kwargs"]).get("features_extractor_class", FlattenExtractor)
     if str(extractor) != str(FlattenExtractor):
         raise ValueError(f"it has a features extractor, {extractor}")
@@ -249,13 +249,13 @@ class SACExpert:
             sizes = {k: len(x) for k, x in weights.items() if x.ndim == 2}
             pi = [n for k, n in sizes.items() if k.startswith("actor.latent_pi.")]
             qf = [n for k, n in sizes.items() if k.startswith("critic.qf0.")]
-            kwargs = dict(settings["policy_kwargs"])
-            activation = str(kwargs.get("activation_fn", nn.ReLU)).split("nn.modules.activation.")
+            given = dict(settings["policy_kwargs"])
+            activation = str(given.get("activation_fn", nn.ReLU)).split("modules.activation.")
             kwargs = dict(
                 net_arch=dict(pi=pi, qf=qf[:-1]),
                 activation_fn=vars(nn)[activation[-1].rstrip("'>")],
                 use_sde=bool(settings.get("use_sde")),
-                clip_mean=float(kwargs.get("clip_mean", 2.0)),
+                clip_mean=float(given.get("clip_mean", 2.0)),
                 n_critics=len({k.split(".")[1] for k in sizes if k.startswith("critic.")}),
             )
             policy = SACPolicy(observation_space, action_space, lambda _: 0.0, **kwargs)
@@ -266,7 +266,7 @@ class SACExpert:
         self.path, self.critics = path, policy.critic.to(device).q_networks
         self.low, self.high = np.float32(action_space.low), np.float32(action_space.high)
         self.actor, self.layers = nn.Sequential(policy.actor.latent_pi, policy.actor.mu), []
-        if kwargs["activation_fn"] is nn.ReLU and not kwargs["use_sde"]:  # numpy is faster
+        if kwargs["activation_fn"] is nn.ReLU and not kwargs["use_sde"]:
             linear = [m for m in self.actor.modules() if isinstance(m, nn.Linear)]
             self.layers = [(m.weight.T.numpy(), m.bias.numpy()) for m in linear]
 
@@ -284,7 +284,7 @@ class SACExpert:
         return self.low + 0.5 * (np.tanh(u) + 1) * (self.high - self.low)
 
     def q_values(self, state, action, first=0):
-        """Q_i(s, a), (..., n), of critics[first:]; actions in the environment's units."""
+        """Q_i(s, a) of critics[first:], (..., n); a in the environment's units."""
         low, high = torch.tensor(np.array([self.low, self.high]), device=action.device)
         scaled = 2 * (action - low) / (high - low) - 1  # critics take actions in [-1, 1]
         x = torch.cat([state, scaled], dim=-1)
@@ -297,8 +297,8 @@ class SACExpert:
     def improve(self, state, a_star, candidates=16, deviation=0.3, temperature=0.25):
         """The mean of candidates around a*, weighted by softmax(A* / temperature).
 
-        Only the evaluated critics count; `deviation` is of actions in [-1, 1].  The weights
-        are those of MPO's E-step (Abdolmaleki et al. 2018).
+        Only the evaluated critics count; `deviation` is of actions in [-1, 1].
+        The weights are those of MPO's E-step (Abdolmaleki et al. 2018).
         """
         low, high = torch.tensor(np.array([self.low, self.high]), device=state.device)
         improved, first = [], len(self.critics) // 2
@@ -316,9 +316,9 @@ class SACExpert:
 # Random streams, np.random.default_rng((purpose, ...)), do not depend on what was drawn before:
 # evaluating more often changes nothing.  Scripts in logs/reference use others up to 17.
 ROLL_IN = 0  # (ROLL_IN, seed, n, k): trajectory k of iteration n
-UPDATE = 1  # (UPDATE, seed, n): what is drawn in iteration n's update
-VALIDATION = 3  # (VALIDATION, i): terrain of validation episode i, in every run
-TEST = 18  # (TEST, i): terrain of test episode i, used by --evaluate only
+UPDATE = 1  # (UPDATE, seed, n): what iteration n's labels and update draw
+VALIDATION = 3  # (VALIDATION, i): validation episode i, in every run
+TEST = 18  # (TEST, i): test episode i, used by --evaluate only
 
 # Arrays (T, state_dim), (T, action_dim) in the environment's units, and (T,)
 Trajectory = namedtuple("Trajectory", "states actions rewards")
@@ -331,7 +331,7 @@ def make_env(c: Config) -> gym.Env:
     seen, acts = env.observation_space, env.action_space
     vectors = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (seen, acts))
     if not vectors or not acts.is_bounded():
-        raise UserError(f"{c.env_name} has {seen}, {acts}; it needs bounded vectors.")
+        raise UserError(f"{c.env_name} has {seen}, {acts}; both must be vectors, actions bounded.")
     return env
 
 
@@ -339,12 +339,12 @@ def play_episode(players: bytes, c: Config, alpha, noise_scale, horizon, stream)
     """One trajectory; at every step the expert acts with probability alpha."""
     learner, expert = pickle.loads(players)
     rng = np.random.default_rng(stream)
-    terrain = int(rng.integers(2**31))
-    random.seed(terrain)  # some environments draw from the global generators
-    np.random.seed(terrain)
+    env_seed = int(rng.integers(2**31))
+    random.seed(env_seed)  # some environments draw from the global generators
+    np.random.seed(env_seed)
     env = make_env(c)  # a new one, for Box2D's resets leave traces
     seen, acts = env.observation_space, env.action_space
-    observation, _ = env.reset(seed=terrain)
+    observation, _ = env.reset(seed=env_seed)
     steps = []
     for _ in range(horizon):
         state = np.array(observation, dtype=seen.dtype).reshape(seen.shape).astype(np.float32)
@@ -356,7 +356,7 @@ def play_episode(players: bytes, c: Config, alpha, noise_scale, horizon, stream)
             action = learner.act(state, noise_scale * rng.standard_normal(acts.shape))
         legal = action.clip(acts.low, acts.high)  # rounding may overshoot
         observation, reward, terminated, truncated, _ = env.step(legal)
-        steps.append((state, action, np.asarray(reward).item()))
+        steps.append((state, action, np.asarray(reward, dtype=float).item()))
         if terminated or truncated:
             break
     env.close()
@@ -401,10 +401,10 @@ class AggreVateDAgent:
         self.expert = SACExpert(path, *spaces, self.device)
         torch.manual_seed(c.seed)  # only now: making the expert draws numbers, too
         self.policy = PolicyNetwork(*spaces, c.hidden_dim).to(self.device)
-        state = torch.randn(9, *spaces[0].shape)  # the two networks must act the same
+        state = torch.randn(9, *spaces[0].shape)  # NumpyPolicy must act alike
         acted = torch.from_numpy(NumpyPolicy(self.policy.state_dict()).act(state.numpy(), 1.0))
         error = self.policy.squash(sum(self.policy(state.to(self.device)))).cpu() - acted
-        assert (error.abs() < 1e-3 * self.policy.scale.cpu()).all(), "Change both alike."
+        assert (error.abs() < 1e-3 * self.policy.scale.cpu()).all(), "NumpyPolicy differs"
         self.data: dict[str, torch.Tensor] = {}  # states and their labels, (N, ...)
         self.iteration = self.env_steps = 0
         self.seconds = 0.0  # of training
@@ -414,10 +414,10 @@ class AggreVateDAgent:
             self.load(checkpoint, resume)
         # a fork skips imports; it is safe on Linux only, before torch has threads
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.pool = ProcessPoolExecutor(c.n_workers, context, start_worker)
+        self.pool = ProcessPoolExecutor(min(c.n_workers, 61), context, start_worker)
         if c.n_workers > 1:
             self.pool.submit(int)  # any job starts all workers now
-        torch.set_num_threads(c.n_workers)
+        torch.set_num_threads(min(c.n_workers, 61))
         self.close = partial(self.pool.shutdown, cancel_futures=True)  # ends after current jobs
 
     def play(self, streams: list, alpha, noise_scale, horizon, desc=None) -> list[Trajectory]:
@@ -431,7 +431,7 @@ class AggreVateDAgent:
 
     @torch.no_grad()
     def label(self, trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
-        """All states, a* = pi*(s), improved if it can be, and Q_i(s, a*), (N, ...) each."""
+        """States, a* (pi*(s), improved if `evaluated`) and Q_i(s, a*); (N, ...)."""
         states = np.concatenate([t.states for t in trajectories])
         state = torch.from_numpy(states).to(self.device)
         a_star = torch.from_numpy(self.expert.predict(states)).to(self.device)
@@ -462,11 +462,11 @@ class AggreVateDAgent:
         # critics.  Q* is a function, so old states, too, get fresh actions of pi.
         action = self.policy.squash(Normal(*self.policy(state), validate_args=False).rsample())
         advantage = self.expert.advantage(state, action, v_star)
-        unit = advantage.detach().std(correction=0) + 1e-6 * v_star.abs().mean() + 1e-30
-        return -(advantage / unit).mean() + self.config.bc_weight * imitation
+        spread = advantage.detach().std(correction=0) + 1e-6 * v_star.abs().mean() + 1e-30
+        return -(advantage / spread).mean() + self.config.bc_weight * imitation
 
     def update(self, lr: float) -> float:
-        """Descend the loss with Adam, whose step size falls to 0; the mean loss."""
+        """Steps of Adam, of sizes that fall from lr to 0; returns the mean loss."""
         batches = self.draw().to(self.device).split(self.config.batch_sz)
         optimizer = torch.optim.Adam(self.policy.parameters(), fused=True)
         total = torch.zeros((), device=self.device)
@@ -475,7 +475,7 @@ class AggreVateDAgent:
             loss = self.loss(**{name: x[rows] for name, x in self.data.items()})
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 10.0)  # a* near a bound
+            nn.utils.clip_grad_norm_(self.policy.parameters(), 10.0)  # log pi is steep near a bound
             optimizer.step()
             total += loss.detach()
         if not total.isfinite():
@@ -483,7 +483,7 @@ class AggreVateDAgent:
         return total.item() / len(batches)
 
     def evaluate(self, who: str, stream=VALIDATION, desc=None) -> np.ndarray:
-        """Returns of the mean action of "learner" or "expert" on a stream's terrains."""
+        """The return of each episode, of "learner" or "expert" by the mean action."""
         streams = [(stream, i) for i in range(self.config.eval_episodes)]
         played = self.play(streams, float(who == "expert"), 0.0, self.horizon, desc)
         return np.array([t.rewards.sum() for t in played])
@@ -504,13 +504,13 @@ class AggreVateDAgent:
     def train(self, run_dir: Path) -> None:
         """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
-        how = dict(purge_step=first) if first > 1 else {}  # drop what follows
+        how = dict(purge_step=first) if first > 1 else {}  # drop later points
         writer, expert_writer = (SummaryWriter(run_dir / x, **how) for x in ("", "expert"))
         if not self.evaluations:
             self.validate(run_dir, "expert")
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             started = time.perf_counter()
-            # Line 4: roll in with alpha pi* + (1 - alpha) pi, and label what was visited
+            # Line 4: roll in with alpha pi* + (1 - alpha) pi; label what was visited
             alpha = 1.0 if c.algorithm == "bc" else max(0.0, 1 - (n - 1) / c.alpha_decay_iterations)
             streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
             trajectories = self.play(streams, alpha, c.roll_in_noise, c.H)
@@ -539,7 +539,7 @@ class AggreVateDAgent:
 
     # == Checkpoints ===========================================================
     def save(self, path: Path, data: dict) -> None:
-        """Write what resuming needs, by way of .tmp, so that a kill leaves the old file."""
+        """Write policy, data and SAVED by way of .tmp, so that a kill leaves the old file."""
         state = dict(config=asdict(self.config), policy=self.policy.state_dict(), data=data)
         state |= {name: getattr(self, name) for name in SAVED}
         aside = path.with_suffix(".tmp")
@@ -552,15 +552,15 @@ class AggreVateDAgent:
             aside.unlink(missing_ok=True)
 
     def load(self, checkpoint: dict, resume: bool) -> None:
-        """Take its policy, with `resume` all of it; UserError if it does not fit."""
+        """Take its policy, or all for `resume`; UserError if it does not fit."""
         weights, own = checkpoint["policy"], self.policy.state_dict()
         with user_error_if(BAD_FILE, "The checkpoint is of another task or --hidden_dim"):
             if any(not torch.equal(weights[k], own[k].cpu()) for k in ("scale", "offset")):
                 raise ValueError("its actions have another range")
             self.policy.load_state_dict(weights)
             self.data = {k: x.to(self.device) for k, x in checkpoint["data"].items() if resume}
-            [sum(e["returns"]) for e in checkpoint["evaluations"]]  # are they numbers?
-            if self.data:  # has it the right shapes?
+            [sum(e["returns"]) for e in checkpoint["evaluations"]]  # numbers?
+            if self.data:  # fails if misshapen
                 self.expert.advantage(*(self.data[k][:9] for k in ("state", "a_star", "v_star")))
         for name in SAVED if resume else ():
             setattr(self, name, checkpoint[name])
@@ -575,7 +575,7 @@ def load_checkpoint(path) -> dict:
         sound = all(x.isfinite().all() for x in w.values()) and w["state_std"].min() > 0
         sound = sound and all(type(state[name]) is kind for name, kind in SAVED.items())
         if not sound or zipfile.ZipFile(path).testzip() or config.keys() != asdict(Config()).keys():
-            raise ValueError("checksums, weights, numbers or names of settings are wrong")
+            raise ValueError("checksums, weights, numbers or settings are wrong")
         state["config"] = Config(**config)
     return state
 
@@ -624,7 +624,7 @@ def open_agent(resume=None, evaluate=None, **changes) -> AggreVateDAgent:
         c = Config(**changes)
         return AggreVateDAgent(c, load_checkpoint(c.init_path) if c.init_path else None)
     checkpoint = load_checkpoint(evaluate if resume is None else Path(resume) / "last.pt")
-    old, may_change = checkpoint["config"], RESUME if resume else EVALUATE
+    old, may_change = checkpoint["config"], RESUME if evaluate is None else EVALUATE
     for name in changes.keys() - set(may_change):
         if changes[name] != getattr(old, name):
             raise UserError(f"--{name} cannot change now; what can: {', '.join(may_change)}.")
@@ -632,13 +632,13 @@ def open_agent(resume=None, evaluate=None, **changes) -> AggreVateDAgent:
     if "." in old.env_name.rpartition(":")[0] and "env_name" not in changes:
         raise UserError(f"It imports {old.env_name}; trust it? Give it as --env_name.")
     c = replace(old, **changes)
-    if resume and checkpoint["iteration"] >= c.max_iteration:
+    if evaluate is None and checkpoint["iteration"] >= c.max_iteration:
         raise UserError(f"{resume} is finished; --max_iteration makes more.")
-    return AggreVateDAgent(c, checkpoint, bool(resume))
+    return AggreVateDAgent(c, checkpoint, evaluate is None)
 
 
 def print_scores(agent: AggreVateDAgent, path: str) -> None:
-    """Learner and expert, by their mean actions, on the same test terrains."""
+    """Learner and expert, by their mean actions, in the same test episodes."""
     learner, expert = (agent.evaluate(who, TEST, who) for who in ("learner", "expert"))
     print(f"{path} on {agent.config.env_name}, {len(learner)} test episodes")
     print(f"learner    {describe(learner, agent.threshold)}")

@@ -1,16 +1,13 @@
 """Roll-ins, data, updates and evaluation: what the algorithm does."""
 
 import pickle
-import random
 from collections import defaultdict
 from unittest.mock import Mock
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, equal, make_sac
-from tiny_envs import Tiny
 from torch.nn.utils import parameters_to_vector
 
 import aggrevated
@@ -37,14 +34,6 @@ def train(make_agent, tmp_path_factory, monkeypatch):
         return agent
 
     return run
-
-
-@pytest.mark.parametrize("algorithm, expected", [
-    ("aggrevated", [1, 0.75, 0.5, 0.25, 0, 0, 0]), ("bc", 7 * [1])
-])  # fmt: skip
-def test_alpha_falls_linearly_from_1_to_0(train, algorithm, expected):
-    how = dict(alpha_decay_iterations=4, max_iteration=7, eval_every=7, K=1, H=5)
-    assert train(algorithm=algorithm, **how).log["train/alpha"] == expected
 
 
 class Player:
@@ -93,28 +82,6 @@ def test_episodes_end_where_environment_or_horizon_say_and_nothing_is_made_up(ho
         assert t.actions.shape == (steps, 1) and len(set(t.states[:, 2])) == 1
         assert t.states.dtype == t.actions.dtype == np.float32
     assert len({t.states[0, 2] for t in trajectories}) == 12
-
-
-class Dice(Tiny):
-    """Draws from the global generators, from its making on."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = np.random.random()
-
-    def observe(self):
-        return np.array([random.random(), np.random.random(), self.number])
-
-
-gym.register("Dice-v0", Dice, max_episode_steps=5)
-
-
-@pytest.mark.parametrize("env", [TINY, "test_behaviour:Dice-v0"])
-def test_workers_return_the_trajectories_of_their_streams_in_order(make_agent, env):
-    both = [make_agent(env_name=env, n_workers=n).play(streams(7), 0.5, 1.0, 50) for n in (2, 1)]
-    for a, b in zip(*both, strict=True):
-        assert all(map(np.array_equal, a, b))
-    assert len({t.states[0, 2] for t in both[0]}) == 7
 
 
 def test_iteration_has_its_sizes_and_streams_and_the_first_standardises(make_agent, train):
@@ -166,11 +133,17 @@ def steps(monkeypatch):
     return steps
 
 
-def test_the_step_size_falls_in_every_update_and_over_the_iterations(train, steps):
-    train(max_iteration=4, lr=0.02, update_sz=35, train_repeat=2)  # minibatches of 32, 32, 6
-    expected = [0.02 * (n / 4) * (k / 3) for n in (4, 3, 2, 1) for k in (3, 2, 1)]
+ALPHAS = dict(aggrevated=[3, 2, 1, 0, 0], bc=5 * [3])  # thirds
+
+
+@pytest.mark.parametrize("algorithm, alphas", ALPHAS.items())
+def test_step_size_and_alpha_fall_linearly(train, steps, algorithm, alphas):
+    how = dict(lr=0.02, update_sz=35, train_repeat=2)  # minibatches of 32, 32, 6
+    log = train(algorithm=algorithm, max_iteration=5, alpha_decay_iterations=3, **how).log
+    np.testing.assert_allclose(log["train/alpha"], np.array(alphas) / 3)
+    expected = [0.02 * (n / 5) * (k / 3) for n in (5, 4, 3, 2, 1) for k in (3, 2, 1)]
     np.testing.assert_allclose([lr for lr, _, _ in steps], expected)
-    assert [new for _, _, new in steps] == 4 * [True, False, False]
+    assert [new for _, _, new in steps] == 5 * [True, False, False]
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e6])

@@ -1,23 +1,17 @@
 """The mathematics, against sources that share no code with it."""
 
-import pickle
 from functools import partial
-from operator import mul
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_envs  # noqa: F401  (registers them)
 import torch
-from conftest import make_sac
 from gymnasium.spaces import Box
 from torch import distributions as D, nn
 from torch.nn.utils import parameters_to_vector
 
-from aggrevated import (
-    ALGORITHMS, INPUT_BOUND, LOG_STD_MAX, LOG_STD_MIN, AggreVateDAgent, Config, NumpyPolicy,
-    PolicyNetwork, SACExpert,
-)  # fmt: skip
+from aggrevated import ALGORITHMS, INPUT_BOUND, LOG_STD_MAX, LOG_STD_MIN, AggreVateDAgent, Config
+from aggrevated import NumpyPolicy, PolicyNetwork, SACExpert
 
 BOXES = {
     "one": Box(-1, 1, (2,)), "far": Box(100, 101, (1,)),
@@ -84,10 +78,8 @@ def test_torch_and_numpy_are_the_same_squashed_network_of_standardised_bounded_i
     (low, high), z = np.float64([box.low, box.high]), np.random.default_rng(0).normal(size=u.shape)
     mean, std, state = policy.predict(state).detach(), policy(state)[1].detach(), state.numpy()
     bound = 1e-6 * (high - low) + 3 * np.spacing(np.float32(high))  # 101's neighbours are 8e-6 away
-    for action, noise in [
-        (mean.numpy(), 0), (own.act(state), 0), (own.act(state, z), z),
-        (np.array([own.act(*x) for x in zip(state, z, strict=True)]), z),
-    ]:  # fmt: skip
+    rows = np.array([own.act(*x) for x in zip(state, z, strict=True)])
+    for action, noise in (mean.numpy(), 0), (own.act(state), 0), (own.act(state, z), z), (rows, z):
         expected = (low + high) / 2 + (high - low) / 2 * np.tanh(u + std.numpy() * noise)
         assert action.shape == u.shape and action.dtype == np.float32
         assert (np.abs(action - expected) <= bound).all()
@@ -96,7 +88,7 @@ def test_torch_and_numpy_are_the_same_squashed_network_of_standardised_bounded_i
 @pytest.mark.parametrize("factors", [(1.05, 1), (1, 1.05)])  # of mean and deviation
 def test_network_that_acts_otherwise_than_it_learns_is_refused(make_agent, monkeypatch, factors):
     forward = PolicyNetwork.forward
-    monkeypatch.setattr(PolicyNetwork, "forward", lambda *x: map(mul, forward(*x), factors))
+    monkeypatch.setattr(PolicyNetwork, "forward", lambda *x: map(torch.mul, forward(*x), factors))
     with pytest.raises(AssertionError):
         make_agent()
 
@@ -114,34 +106,6 @@ def test_predict_draws_noise_of_its_own_for_every_row_and_dimension():
 def assert_standard_normal(z, tolerance):
     assert len(z.unique()) > 0.99 * z.numel() and z.mean().abs() < tolerance and z.max() > 3
     torch.testing.assert_close(torch.cov(z.T), torch.eye(2).to(z), rtol=0, atol=tolerance)
-
-
-KINDS = {
-    "gsde": dict(use_sde=True), "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
-    "tanh": dict(activation_fn=nn.Tanh), "elu": dict(activation_fn=nn.ELU), "plain": {},
-    "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])), "one critic": dict(n_critics=1),
-    "asymmetric": dict(env_id="tiny_envs:Lopsided-v0"), "double": dict(env_id="tiny_envs:Double-v0"),
-    "three critics": dict(n_critics=3),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_expert_is_sb3s_agent(tmp_path, kind):
-    model = make_sac(tmp_path / "expert.zip", **KINDS[kind])
-    spaces = model.observation_space, model.action_space
-    expert, rng = SACExpert(tmp_path / "expert.zip", *spaces), np.random.default_rng(0)
-    state = rng.normal(size=(100, 3)).astype(np.float32)
-    expected = model.predict(state, deterministic=True)[0]
-    assert expected.std() > 0.02
-    sent = pickle.loads(pickle.dumps(expert))  # to a roll-in worker
-    for own in (expert.predict(state), sent.predict(state), [expert.predict(s) for s in state]):
-        np.testing.assert_allclose(own, expected, atol=1e-5)
-    action = rng.uniform(spaces[1].low, spaces[1].high, (100, *spaces[1].shape)).astype(np.float32)
-    scaled = torch.from_numpy(model.policy.scale_action(action)).float()
-    state, action = torch.from_numpy(state), torch.from_numpy(action)
-    q = torch.cat(model.critic(state, scaled), dim=1).detach()
-    assert q.shape[1] == KINDS[kind].get("n_critics", 2) and q.std() > 0.01
-    torch.testing.assert_close(expert.q_values(state, action), q, rtol=1e-4, atol=1e-5)
 
 
 class Fake(SACExpert):

@@ -17,6 +17,7 @@ import tiny_envs
 import torch
 from conftest import make_sac
 from stable_baselines3 import SAC
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
@@ -55,21 +56,16 @@ def sb3_return(model, c, stream):
     how = json.loads(c.env_kwargs) | dict(disable_env_checker=True)
     env = DummyVecEnv([lambda: gym.make(c.env_name, **how)])
     env.seed(terrain)
-    state, total, over = env.reset(), 0.0, [False]
-    while not over[0]:
-        state, reward, over, _ = env.step(model.predict(state, deterministic=True)[0])
-        total += reward[0]
-    return total
+    return evaluate_policy(model, env, n_eval_episodes=1, warn=False)[0]
 
 
 AGENTS = {
     "gsde": dict(use_sde=True), "gsde, other clip": dict(use_sde=True, clip_mean=0.5),
-    "gsde, no clip": dict(use_sde=True, clip_mean=0.0),
-    "gsde, no hidden layer": dict(use_sde=True, net_arch=[]),
+    "gsde, no clip": dict(use_sde=True, clip_mean=0.0), "one critic": dict(n_critics=1),
+    "gsde, no hidden layer": dict(use_sde=True, net_arch=[]), "three critics": dict(n_critics=3),
     "tanh": dict(activation_fn=nn.Tanh), "rrelu": dict(activation_fn=nn.RReLU), "plain": {},
     "400-300": dict(net_arch=[400, 300]), "no hidden layer": dict(net_arch=[]),
-    "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])),
-    "one critic": dict(n_critics=1), "three critics": dict(n_critics=3),
+    "sizes": dict(net_arch=dict(pi=[8, 24, 8], qf=[32, 12])), "elu": dict(activation_fn=nn.ELU),
 }  # fmt: skip
 TASKS = {
     "lopsided": dict(low=[-3, 0], high=[1, 10]), "float64": dict(low=[-0.3], dtype="float64"),
@@ -111,9 +107,9 @@ def test_expert_is_sb3s_agent(tmp_path, monkeypatch, kind):
         assert (t.states[:, 0] == range(20)).all() and t.states.dtype == np.float32  # of all steps
 
 
-class OwnPolicy(SACPolicy):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs | dict(activation_fn=nn.Tanh))
+def own(cls):
+    """Another's class of the same name."""
+    return type(cls)(cls.__name__, (cls,), dict(__module__=__name__))
 
 
 def damage_stream(path):
@@ -125,29 +121,24 @@ def damage_stream(path):
 
 TQC = dict(__module__="sb3_contrib.tqc.policies")
 BAD_EXPERTS = {
-    "missing": (lambda path: path.unlink(), "No such file"),
+    "missing": (lambda path: path.unlink(), "No such file"), "damaged stream": (damage_stream, ""),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:5000]), ""),
     "Stable-Baselines 2": (lambda path: zipfile.ZipFile(path, "w").close(), "'policy.pth'"),
     "PPO": (lambda path: make_sac(path, kind="PPO"), "stable_baselines3.common.policies"),
     "DQN": (lambda path: make_sac(path, "CartPole-v1", "DQN"), "stable_baselines3.dqn.policies"),
     "TD3": (lambda path: make_sac(path, kind="TD3"), "stable_baselines3.td3.policies"),
     "TQC": (dict(data=lambda x: x | dict(policy_class=x["policy_class"] | TQC)), "sb3_contrib.tqc"),
-    "own policy": (lambda path: SAC(OwnPolicy, "Pendulum-v1").save(path), "test_str.*OwnPolicy"),
-    "own extractor": (
-        dict(features_extractor_class=type("FlattenExtractor", (FlattenExtractor,), {})),
-        "test_strangers.FlattenExtractor",
-    ),
-    "own activation": (dict(activation_fn=type("ReLU", (nn.ReLU,), {})), "test_strangers.ReLU"),
+    "policy": (lambda path: SAC(own(SACPolicy), "Pendulum-v1").save(path), "is of test_strangers"),
+    "extractor": (dict(features_extractor_class=own(FlattenExtractor)), "test_s.*FlattenExtractor"),
+    "activation": (dict(activation_fn=own(nn.ReLU)), "test_strangers.ReLU"),
     "another range": (dict(env_id="MountainCarContinuous-v0"), "-1.* the task's .*-2.0"),
     "another size": (dict(env_id=gym.make(STRANGE, low=[-2, -2], high=[2, 2])), ""),
-    "damaged stream": (damage_stream, ""),
-    "settings in a list": (dict(data=lambda x: [x]), ""),
+    "code": (dict(weights=lambda x: Bomb()), ""), "list": (dict(data=lambda x: [x]), ""),
     "arguments in a list": (dict(data=lambda x: x | dict(policy_kwargs=[1])), ""),
     "numbers for a range": (dict(data=lambda x: x | dict(action_space=dict(low=3, high=3))), ""),
-    "weights in a list": (dict(weights=lambda x: [*x.values()]), ""),
+    "list of weights": (dict(weights=lambda x: [*x.values()]), ""),
     "words for weights": (dict(weights=lambda x: dict.fromkeys(x, "x")), ""),
     "NaN": (dict(weights=lambda x: x | {"actor.mu.bias": torch.full([1], torch.nan)}), "is NaN"),
-    "code": (dict(weights=lambda x: Bomb()), ""),
     "code, old format": (dict(weights=lambda x: Bomb(), zipped=False), ""),
 }  # fmt: skip
 
@@ -164,13 +155,14 @@ def test_expert_that_is_refused(expert_zip, tmp_path, refused, damage, reason): 
 
 
 @pytest.mark.parametrize("flaw", ["", "numpy", "random", "constructor"])
-def test_start_depends_on_the_stream_alone(flaw, make_agent):
-    starts, kwargs = [], json.dumps(dict(flaw=flaw))
+def test_trajectories_are_of_their_streams_alone_and_in_order(flaw, make_agent):
+    played, kwargs = [], json.dumps(dict(flaw=flaw))
     for n_workers in (1, 2, 2):
         agent = make_agent(env_name=STRANGE, env_kwargs=kwargs, n_workers=n_workers)
-        played = agent.play([(0, 0, 1, k) for k in range(6)], 0.5, 1.0, 3)
-        starts.append([float(t.states[0, 2]) for t in played])
-    assert len(set(starts[0])) == 6 and starts[0] == starts[1] == starts[2]
+        played.append(agent.play([(0, 0, 1, k) for k in range(7)], 0.5, 1.0, 50))
+    for all_three in zip(*played, strict=True):
+        assert all(np.array_equal(x, y) for t in all_three for x, y in zip(t, all_three[0]))
+    assert len({t.states[0, 2] for t in played[0]}) == 7
 
 
 def test_tasks_that_gymnasium_would_not_make(run_strange, finished, monkeypatch):  # noqa: F811

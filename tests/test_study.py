@@ -1,6 +1,5 @@
-"""README, cards and the study's pages: they say what code and numbers say."""
+"""README and the study's pages: they say what code and numbers say."""
 
-import json
 import re
 from dataclasses import asdict
 
@@ -19,8 +18,7 @@ README, STUDY = (ROOT / "README.md").read_text(), ROOT / "logs/reference"
 def test_page_is_printed_from_the_committed_numbers():
     template = (draw.HERE / "template.md").read_text()
     assert draw.fill(template) == (draw.HERE / "README.md").read_text()
-    known = set("mean validated minus solved failed steps gap states rank".split())
-    known |= set(draw.tables())
+    known = {*"mean validated minus solved failed steps gap states rank".split(), *draw.tables()}
     allowed = set(common.ROWS) | {"20", "60", "0", "1", "advantage", "advantage_zip"}
     for name, arguments in re.findall(r"\{(\w+)([^}]*)\}", template):  # a wrong one is left out
         assert name in known and set(arguments.split()) <= allowed
@@ -37,43 +35,28 @@ def test_rows_are_legal():
     assert len(common.PRINTED["main"]) <= 10
 
 
-def test_documented_options_exist():
+def test_documented_options_named_files_and_one_run_of_ours_for_tensorboard_exist():
     commands = re.findall(r"python aggrevated\.py([^#\n]*)", README.replace("\\\n", " "))
     options = re.findall(r"\s--([\w-]+)", "\n".join(commands)) + re.findall(r"`--([\w-]+)", README)
     known = asdict(Config()).keys() | {"resume", "evaluate", "help"}
     assert len(commands) > 3 and set(options) <= known
-
-
-def test_named_files_exist():
     paths = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README)
     paths += re.findall(r"`((?:tests|logs/reference|rl-trained-agents)/[\w./-]+|\w+\.py)`", README)
     folders = ROOT, ROOT / "tests", ROOT / "rl-trained-agents", STUDY / "scripts"
     missing = [x for x in paths if "ENV" not in x and not any((d / x).exists() for d in folders)]
     assert len(paths) > 3 and not missing
-
-
-def test_tensorboard_shows_one_run_of_ours():
     assert {p.parent.name for p in STUDY.glob("[!.]*/**/events.*")} == {"aggrevated_s0", "expert"}
 
 
 def test_readme_has_the_tables_and_the_numbers_of_the_study():
-    assert all(draw.tables()[name] in README for name in ("main", "others", "printed"))
+    assert all(draw.tables()[name] in README for name in ("main", "printed"))
     page = (STUDY / "README.md").read_text()
     intervals = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)", " ".join(README.split()))
-    assert len(intervals) > 15 and all(x in page for x in intervals)
+    assert len(intervals) > 4 and all(x in page for x in intervals)
 
 
-@pytest.mark.parametrize("row", ["aggrevated", "weighted", "thorough", "past_expert"])
+@pytest.mark.parametrize("row", ["aggrevated", "weighted", "aggrevated_past_expert"])
 def test_committed_policy_has_the_committed_score(row):
     policy, returns = load_policy(STUDY / "policies" / f"{row}_s0.pt"), draw.returns(row)[0]
     played = [x for _, x, *_ in common.play(row, "test", policy, 6)]
     assert abs(np.mean(played) - returns.mean()) < 3 * returns.std() / 6**0.5
-
-
-def test_cards_have_the_scores_of_the_agents():
-    cards = (ROOT / "rl-trained-agents/README.md").read_text()
-    for path in (ROOT / "rl-trained-agents/sac").glob("*/score.json"):
-        card = json.loads(path.read_text())
-        mean, error = card["score"]["mean"], card["score"]["standard_error"]
-        assert f"| {path.parent.name} | {mean:.1f} ± {error:.1f} |" in cards, path
-        assert card["sha256"][:16] in cards, path

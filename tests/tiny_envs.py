@@ -46,11 +46,9 @@ class Guess(Tiny):
 
 
 class Strange(gym.Env):
-    """As strangers make them.  Steps, position and a random number are seen, and drawn as a colour.
+    """As strangers make them; the reward is -|position + number|, or `pay`; `flaw`s are below."""
 
-    The reward is -|position + number|, or `pay`; `flaw` is one of those below.
-    """
-
+    # steps, position and a random number are seen, and drawn as a colour
     metadata = {"render_modes": ["rgb_array"]}
     open = 0  # simulators in this process
 
@@ -73,9 +71,8 @@ class Strange(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        ways = {"numpy": np.random.uniform, "random": random.random}
+        ways = dict(numpy=np.random.uniform, random=random.random, constructor=lambda: self.number)
         number = ways.get(self.flaw, self.np_random.uniform)()
-        number = self.number if self.flaw == "constructor" else number
         # observations of a space of integers have fractions all the same
         kind = "float32" if self.observation_space.dtype == "float32" else "float64"
         self.seen = np.array([0, 0, number], kind)
@@ -93,9 +90,8 @@ class Strange(gym.Env):
     def observe(self):
         if self.seen[0] == self.nan_at:
             return np.full(3, np.nan)
-        if self.flaw == "in place":
-            return self.seen
-        return self.seen[None].copy() if self.flaw == "row" else self.seen.copy()
+        ways = {"in place": self.seen, "row": self.seen[None].copy()}
+        return ways.get(self.flaw, self.seen.copy())
 
     def render(self):
         if self.pay is not None:
@@ -107,11 +103,10 @@ def colour(seen):
     return (np.abs(seen) * [10, 5, 255]).astype(np.uint8)
 
 
-for cls in (Tiny, Guess):
-    gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=5)
+gym.register("Guess-v0", Guess, max_episode_steps=5)
 for name, kwargs in dict(
     Lopsided=dict(low=(-3, 0), high=(1, 10)), Unbounded=dict(low=(-np.inf,), high=(np.inf,)),
-    Double=dict(low=(-0.3,), high=(0.1,), dtype=np.float64),  # float32's 0.1 is beyond it
+    Double=dict(low=(-0.3,), high=(0.1,), dtype=np.float64), Tiny={},  # float32's 0.1 is beyond it
 ).items():  # fmt: skip
     gym.register(f"{name}-v0", Tiny, max_episode_steps=5, kwargs=kwargs)
 for name, threshold in [("Strange", None), ("own/Strange", None), ("Negative", -3.75)]:
