@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--evaluated", help="SAC zip with evaluated critics")
     parser.add_argument("--json", type=Path, default=os.devnull, help="where to write the numbers")
     args = parser.parse_args()
-    sizes, repeats = (TINY, 2) if args.quick else ({}, 4)
+    sizes, repeats = TINY if args.quick else {}, 2
     whole, first, training = program(sizes)
     report("whole `python aggrevated.py`", whole, "s")
     report("its training alone", training, "s")
