@@ -39,7 +39,7 @@ from pathlib import Path
 if __name__ == "__main__":  # what must be set before numpy and torch are loaded
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: end at once
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a roll-in worker has one core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads shall not spin
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin for microseconds only
 import gymnasium as gym
 import numpy as np
 import torch

@@ -126,17 +126,17 @@ def main() -> None:
     report("from the command to the learner's first point", first, "s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     report("peak memory of its largest process", peak, "MiB")
-    for policy in ("PASSIVE", "ACTIVE"):
-        alone = partial(program, sizes, OMP_WAIT_POLICY=policy)
+    for count in ("10000", "infinity"):
+        alone = partial(program, sizes, GOMP_SPINCOUNT=count)
         both = (lambda: alone(n_spinning=2)[0]), (lambda: alone()[0])
-        race(f"beside two spinning processes over alone, {policy} threads", *both, repeats // 2)
+        race(f"beside two spinning processes over alone, GOMP_SPINCOUNT={count}", *both, 1)
     measure_roll_in(sizes, repeats)
 
     def training(file=THIS, **options) -> float:
         return program(PLAIN | sizes | options, file)[2]
 
     weighted = partial(training, algorithm="weighted")
-    race("training of aggrevated over that of weighted", training, weighted, repeats)
+    race("training of aggrevated over that of weighted", training, weighted, 1)
     if args.against:
         old = partial(training, args.against)
         race(f"training over that of {args.against.stem}", training, old, repeats)
