@@ -198,10 +198,10 @@ class NumpyPolicy:
         """The action of u = mean + std * noise, for one state or many."""
         w = self.w
         x = ((state - w["state_mean"]) / w["state_std"]).clip(-INPUT_BOUND, INPUT_BOUND)
-        mean, raw = np.split(mlp(x, self.layers, gelu), 2, axis=-1)
-        fraction = (1 + np.tanh(raw / 2)) / 2  # a sigmoid that cannot overflow
+        out, n = mlp(x, self.layers, gelu), len(w["scale"])
+        fraction = (1 + np.tanh(out[..., n:] / 2)) / 2  # a sigmoid that cannot overflow
         std = np.exp(LOG_STD_MIN + fraction * (LOG_STD_MAX - LOG_STD_MIN))
-        return w["offset"] + w["scale"] * np.tanh(mean + std * np.float32(noise))
+        return w["offset"] + w["scale"] * np.tanh(out[..., :n] + std * np.float32(noise))
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
         """As in Stable-Baselines3: (action, state), for one observation or many."""
