@@ -387,7 +387,7 @@ class AggreVateDAgent:
     def __init__(self, config: Config, checkpoint: dict | None = None, resume=False):
         self.config = c = config
         torch.set_num_threads(1)  # until the workers are forked
-        with user_error_if((RuntimeError, AssertionError), f"device {c.device} is not here"):
+        with user_error_if((RuntimeError, AssertionError), f"--device: device {c.device} fails"):
             name = c.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
             self.device = torch.zeros(1, device=name).device
         env = make_env(c)
