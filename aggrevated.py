@@ -562,8 +562,7 @@ class AggreVateDAgent:
             [sum(e["returns"]) for e in checkpoint["evaluations"]]  # numbers?
             if self.data:  # fails if misshapen
                 self.expert.advantage(*(self.data[k][:9] for k in ("state", "a_star", "v_star")))
-        for name in SAVED if resume else ():
-            setattr(self, name, checkpoint[name])
+        vars(self).update({name: checkpoint[name] for name in SAVED if resume})
 
 
 def load_checkpoint(path) -> dict:
@@ -696,5 +695,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_at_once = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # second Ctrl-C
+    signal.signal(signal.SIGINT, lambda *x: end_at_once() and signal.default_int_handler(*x))
     sys.exit(main())

@@ -314,8 +314,7 @@ def test_ctrl_c_or_kill_ends_all_and_can_be_continued(kill, number, times, progr
         kill(process.pid, number)
     out, err = process.communicate(timeout=300)  # until the workers have ended too
     statuses = [-number] if number == signal.SIGTERM else [130, -number][:times]
-    assert process.returncode in statuses, err
-    assert times > 1 or "Traceback" not in err, err  # a second one may strike while Python ends
+    assert process.returncode in statuses and "Traceback" not in err, err
     run = only_run(Path("my logs"))
     assert checkpoint(run / "last.pt")["iteration"] >= ready
     assert command(out, "continue") == ["python", SCRIPT, "--resume", str(run)]
