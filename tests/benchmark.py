@@ -29,7 +29,6 @@ import aggrevated as ag  # noqa: E402
 
 SAC = THIS.parent / "rl-trained-agents/sac/BipedalWalkerHardcore-v3_1/BipedalWalkerHardcore-v3.zip"
 PLAIN = dict(expert_path=str(SAC), device="cpu", eval_every=99, eval_episodes=1)
-TINY = dict(K=4, H=100, max_experience_len=1000, update_sz=500, max_iteration=2, eval_episodes=1)
 RESULTS = {"machine": f"{os.uname().machine}, {os.cpu_count()} cores, torch {ag.torch.__version__}"}
 
 
@@ -57,9 +56,9 @@ def replay(stream: tuple, actions: np.ndarray) -> float:
     return sum(env.step(action)[1] for action in actions)
 
 
-def measure_roll_in(sizes: dict, repeats: int) -> None:
+def measure_roll_in(repeats: int) -> None:
     """The simulator over a roll-in, by alpha, and iterations over the simulator and each other."""
-    options, played = PLAIN | sizes | dict(max_iteration=5), []
+    options, played = PLAIN | dict(max_iteration=5), []
     agent = ag.AggreVateDAgent(c := ag.Config(**options))
     other = ag.AggreVateDAgent(ag.Config(**options | dict(algorithm="weighted")))
     streams = [(ag.ROLL_IN, c.seed, 6, k) for k in range(c.K)]
@@ -113,13 +112,11 @@ def program(options: dict, file=THIS, n_spinning=0, **variables) -> tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--against", type=Path, help="another version of aggrevated.py")
     parser.add_argument("--evaluated", help="SAC zip with evaluated critics")
     parser.add_argument("--json", type=Path, default=os.devnull, help="where to write the numbers")
     args = parser.parse_args()
-    sizes, repeats = TINY if args.quick else {}, 2
-    whole, first, training = program(sizes)
+    whole, first, training = program({})
     report("whole `python aggrevated.py`", whole, "s")
     report("its training alone", training, "s")
     report("whole run over its training alone", whole / training)
@@ -127,22 +124,22 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     report("peak memory of its largest process", peak, "MiB")
     for count in ("10000", "infinity"):
-        alone = partial(program, sizes, GOMP_SPINCOUNT=count)
+        alone = partial(program, {}, GOMP_SPINCOUNT=count)
         both = (lambda: alone(n_spinning=2)[0]), (lambda: alone()[0])
         race(f"beside two spinning processes over alone, GOMP_SPINCOUNT={count}", *both, 1)
-    measure_roll_in(sizes, repeats)
+    measure_roll_in(repeats=2)
 
     def training(file=THIS, **options) -> float:
-        return program(PLAIN | sizes | options, file)[2]
+        return program(PLAIN | options, file)[2]
 
     weighted = partial(training, algorithm="weighted")
     race("training of aggrevated over that of weighted", training, weighted, 1)
     if args.against:
         old = partial(training, args.against)
-        race(f"training over that of {args.against.stem}", training, old, repeats)
+        race(f"training over that of {args.against.stem}", training, old, 2)
     if args.evaluated:
         four = partial(training, expert_path=args.evaluated)
-        race("training with evaluated critics over that without", four, training, repeats)
+        race("training with evaluated critics over that without", four, training, 2)
     args.json.write_text(json.dumps(RESULTS, indent=1, ensure_ascii=False) + "\n")
 
 

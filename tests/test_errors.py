@@ -19,7 +19,6 @@ from aggrevated import ALGORITHMS, AggreVateDAgent, Config, UserError
 STRANGE, MOUNTAIN = "tiny_envs:Strange-v0", "MountainCarContinuous-v0"
 DAMAGED = "is missing, damaged or of another version"
 NO_FIT = "error: The checkpoint is of another task or --hidden_dim"
-NO_CUDA = [] if torch.cuda.is_available() else [("device=cuda", "device cuda .*CUDA")]
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ class Bomb:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("option, mend", NO_CUDA + [
+@pytest.mark.parametrize("option, mend", [
     ("device=cuda:99", "device cuda:99 .*(CUDA|invalid)"),
     ("device=gpu", "device gpu .*Expected one of cpu, cuda"),
     ("algorithm=magic", "algorithm is magic; give aggrevated or weighted or dagger or bc"),

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributions import Normal, kl_divergence
 
 import common
 import draw
 import study
 from aggrevated import AggreVateDAgent, Config, load_checkpoint, load_policy
-from variants import VARIANTS
+from variants import VARIANTS, flat
 
 TINY = dict(env_name="Pendulum-v1", K=2, H=40, max_iteration=3, eval_every=1, hidden_dim=16)
 TINY_ROW = dict(expert="tiny_expert", options=dict(K=3), seeds=[4], keep=[4], variant="one_step")
@@ -102,10 +103,10 @@ def test_own_states_are_the_newest_alone_and_one_step_is_one(small, tmp_path):
     own.train(tmp_path)
     assert len(own.data["state"]) == 80 and own.env_steps == 160
     one, one.data = make("one_step", small())
-    before = torch.nn.utils.parameters_to_vector(one.policy.parameters()).clone()
+    before = flat(one.policy.parameters()).detach()
     one.update(0.01)
-    change = torch.nn.utils.parameters_to_vector(one.policy.parameters()) - before
-    assert change.abs().max().item() == pytest.approx(0.01, rel=1e-3)  # Adam's first
+    change = (flat(one.policy.parameters()) - before).abs().max().item()
+    assert change == pytest.approx(0.01, rel=1e-3)  # Adam's first
 
 
 def test_min_q_is_the_difference_of_the_smallest(small):
@@ -114,4 +115,18 @@ def test_min_q_is_the_difference_of_the_smallest(small):
     q, q_star = (agent.expert.q_values(data["state"], a).amin(1) for a in (action, data["a_star"]))
     said = agent.expert.advantage(data["state"], action, data["v_star"])[:, 0]
     torch.testing.assert_close(said, q - q_star)
-    assert (data["v_star"] == q_star[:, None]).all()
+
+
+def test_natural_step_is_along_fishers_and_as_long_as_its_divergence(small):
+    agent, agent.data = make("natural", small())
+    parameters, before = list(agent.policy.parameters()), agent.policy(agent.data["state"])
+    product, start = agent.fisher_product(agent.data["state"]), flat(parameters).detach()
+    agent.kl, agent.draw = 1e-4, lambda: torch.arange(len(before[0]))
+    torch.manual_seed(0)
+    downhill = -flat(torch.autograd.grad(agent.loss(**agent.data), parameters))
+    torch.manual_seed(0)
+    agent.update(agent.config.lr)
+    step, after = flat(parameters).detach() - start, agent.policy(agent.data["state"])
+    divergence = kl_divergence(Normal(*before), Normal(*after)).sum(dim=1).mean().item()
+    assert divergence + 0.05 * (step @ step).item() == pytest.approx(1e-4, rel=0.05)
+    assert torch.cosine_similarity(product(step), downhill, dim=0) > 0.9999

@@ -46,9 +46,8 @@ class Guess(Tiny):
 
 
 class Strange(gym.Env):
-    """As strangers make them; the reward is -|position + number|, or `pay`; `flaw`s are below."""
+    """As strangers make them: steps, position and a number; -|position + number|, or `pay`."""
 
-    # steps, position and a random number are seen, and drawn as a colour
     metadata = {"render_modes": ["rgb_array"]}
     open = 0  # simulators in this process
 

@@ -5,7 +5,8 @@ from unittest import mock
 
 from common import ag
 import torch
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 USUAL = ag.AggreVateDAgent
 
@@ -65,7 +66,63 @@ class Score(USUAL):
         return self.config.bc_weight * imitation - (advantage * log_prob).mean()
 
 
+class Natural(USUAL):
+    """Natural steps (section 5.2 of the paper) instead of Adam's, in larger minibatches.
+
+    The Fisher matrix is that of u, by the Hessian of the mean KL divergence in 1,024 states of a
+    minibatch, plus 0.1; conjugate gradients, 10 iterations.  The first step of an iteration is as
+    long as a mean divergence of `kl` allows; `kl` falls as the square of Adam's step size would.
+    """
+
+    batch_sz, fisher_sz, damping, kl = 2048, 1024, 0.1, 0.1
+
+    def fisher_product(self, state):
+        """The function v -> (Fisher matrix + damping) v of flat parameters."""
+        parameters = list(self.policy.parameters())
+        now = Normal(*self.policy(state), validate_args=False)
+        fixed = Normal(now.loc.detach(), now.scale.detach(), validate_args=False)
+        divergence = kl_divergence(fixed, now).sum(dim=1).mean()
+        slope = flat(torch.autograd.grad(divergence, parameters, create_graph=True))
+
+        def product(v):
+            again = torch.autograd.grad(slope @ v, parameters, retain_graph=True)
+            return flat(again) + self.damping * v
+
+        return product
+
+    def update(self, lr):
+        batches = self.draw().to(self.device).split(self.batch_sz)
+        parameters, total = list(self.policy.parameters()), 0.0
+        for i, rows in enumerate(batches):
+            loss = self.loss(**{name: x[rows] for name, x in self.data.items()})
+            downhill = -flat(torch.autograd.grad(loss, parameters))
+            product = self.fisher_product(self.data["state"][rows[: self.fisher_sz]])
+            step = conjugate_gradients(product, downhill)
+            fall = lr / self.config.lr * (1 - i / len(batches))
+            length = fall * (2 * self.kl / (step @ product(step))).sqrt()
+            vector_to_parameters(parameters_to_vector(parameters) + length * step, parameters)
+            total += loss.item()
+        return total / len(batches)
+
+
+def flat(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def conjugate_gradients(product, b, iterations=10):
+    """x, such that product(x) is about b."""
+    x, residual, direction = torch.zeros_like(b), b, b
+    for _ in range(iterations):
+        image = product(direction)
+        share = residual @ residual / (direction @ image + 1e-30)
+        x, new = x + share * direction, residual - share * image
+        direction = new + new @ new / (residual @ residual + 1e-30) * direction
+        residual = new
+    return x
+
+
 VARIANTS = {None: USUAL, "own_states": OwnStates, "one_step": OneStep, "min_q": MinQ}
+VARIANTS |= {"natural": Natural}
 VARIANTS |= {f"score_{m}": type("Score", (Score,), dict(samples=m)) for m in (2, 4, 8)}
 VARIANTS["score_4_mean"] = type("Score", (Score,), dict(samples=4, baseline=True))
 
