@@ -107,7 +107,8 @@ def write(critics, old: Path, new: Path, settings: dict) -> None:
     kwargs = json.loads(data_to_json(dict(policy_kwargs=kwargs | dict(n_critics=2 * len(critics)))))
     changed = {"data": json.dumps(data | kwargs | dict(critics_evaluated=settings), indent=4)}
     with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as made:
-        optimizer = torch.load(source.open("critic.optimizer.pth"), weights_only=True)
+        file = source.open("critic.optimizer.pth")
+        optimizer = torch.load(file, map_location="cpu", weights_only=True)
         optimizer["state"], optimizer["param_groups"][0]["params"] = {}, list(range(2 * len(qs)))
         for name, state in {"policy.pth": weights, "critic.optimizer.pth": optimizer}.items():
             torch.save(state, buffer := io.BytesIO())

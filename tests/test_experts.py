@@ -205,7 +205,10 @@ def test_the_price_of_a_fall_replaces_ends_at_minus_100_or_less_only():
 def test_evaluated_critics_know_what_comes_of_the_actor_as_it_is(tmp_path, monkeypatch):
     old, new = tmp_path / "old.zip", tmp_path / "folder" / "new.zip"
     kwargs = dict(net_arch=[32, 32], activation_fn=torch.nn.Tanh)
-    SAC("MlpPolicy", Slope(), gamma=0.8, buffer_size=1, seed=0, policy_kwargs=kwargs).save(old)
+    model = SAC("MlpPolicy", Slope(), gamma=0.8, buffer_size=1, seed=0, policy_kwargs=kwargs)
+    model.critic.optimizer.state["exp_avg"] = torch.ones(1)
+    with mock.patch.object(torch.serialization, "location_tag", lambda _: "cuda:0"):  # a GPU's
+        model.save(old)
     options = '--env_name=Slope-v0 --env_kwargs={"pull":1.6} --fall_reward=-2 --steps=2560'
     monkeypatch.setattr(sys, "argv", f"x {old} --out={new} {options} --updates=800".split())
     evaluate_critics.main()

@@ -37,7 +37,6 @@ def points(run, tag=RETURN):
 
 
 def score(returns):
-    """Mean and standard error as they are printed."""
     return f"{returns.mean():.5g} ± {returns.std(ddof=1) / len(returns) ** 0.5:.3g}"
 
 

@@ -78,7 +78,6 @@ def test_killed_row_goes_on_and_its_best_iterate_is_published(place, monkeypatch
 
 
 def make(name, config):
-    """A variant's agent, and data of four states."""
     agent = VARIANTS[name](Config(**config))
     return agent, agent.label(agent.play([(9, 0)], 1.0, 0.0, 4))
 
