@@ -82,6 +82,7 @@ def test_constants_have_types_and_help(run_main):
     for value in (dict(K=2.5), dict(K=True), dict(lr="0.01"), dict(log_dir=3)):
         with pytest.raises(UserError, match=" is .*; .* type"):
             Config(**value)
+    assert Config(lr=1).lr == 1
     notes = dict(re.findall(r"^ +(\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     notes["algorithm"], help_text = " or ".join(ALGORITHMS), run_main("--help").out
     for f in fields(Config):

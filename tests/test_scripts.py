@@ -5,12 +5,13 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.distributions import Normal, kl_divergence
+from torch.nn.utils import parameters_to_vector as flat
 
 import common
 import draw
 import study
 from aggrevated import AggreVateDAgent, Config, load_checkpoint, load_policy
-from variants import VARIANTS, flat
+from variants import VARIANTS
 
 TINY = dict(env_name="Pendulum-v1", K=2, H=40, max_iteration=3, eval_every=1, hidden_dim=16)
 TINY_ROW = dict(expert="tiny_expert", options=dict(K=3), seeds=[4], keep=[4], variant="one_step")

@@ -43,13 +43,11 @@ def edit(path, data=None, weights=None, zipped=True, compression=zipfile.ZIP_STO
 
 
 def arm(data):
-    """Settings whose pickled parts are a Bomb."""
     code = base64.b64encode(pickle.dumps(Bomb())).decode()
     return json.loads(re.sub('(":serialized:": )"[^"]*"', rf'\1"{code}"', json.dumps(data)))
 
 
 def sb3_return(model, c, stream):
-    """The return of SB3's agent in SB3's way of playing."""
     terrain = int(np.random.default_rng(stream).integers(2**31))
     random.seed(terrain)
     np.random.seed(terrain)

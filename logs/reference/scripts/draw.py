@@ -93,6 +93,12 @@ def shares(n: int, seed: int, draws=4000) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) / n
 
 
+def with_interval(value: float, drawn: np.ndarray) -> str:
+    """A difference and the 95 % interval of its bootstrap."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def minus(row: str, other: str, who="best") -> str:
     """Mean of a row less another's on the same terrains, with its 95 % bootstrap interval.
 
@@ -101,16 +107,14 @@ def minus(row: str, other: str, who="best") -> str:
     a, b = (returns(x, who, terrains_of(row)) for x in (row, other))
     drawn = shares(a.shape[1], 0)
     means = [(shares(len(x), i) * (drawn @ x.T)).sum(axis=1) for i, x in ((1, a), (2, b))]
-    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
-    return f"{a.mean() - b.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return with_interval(a.mean() - b.mean(), means[0] - means[1])
 
 
 def chosen(row: str) -> str:
     """As `minus`, of what validation chose less the last iterates of the same runs."""
     x = returns(row) - returns(row, "last")
     means = (shares(len(x), 1) * (shares(x.shape[1], 0) @ x.T)).sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{x.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return with_interval(x.mean(), means)
 
 
 def mean(row: str) -> str:

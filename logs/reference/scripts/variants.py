@@ -82,11 +82,11 @@ class Natural(USUAL):
         now = Normal(*self.policy(state), validate_args=False)
         fixed = Normal(now.loc.detach(), now.scale.detach(), validate_args=False)
         divergence = kl_divergence(fixed, now).sum(dim=1).mean()
-        slope = flat(torch.autograd.grad(divergence, parameters, create_graph=True))
+        slope = parameters_to_vector(torch.autograd.grad(divergence, parameters, create_graph=True))
 
         def product(v):
             again = torch.autograd.grad(slope @ v, parameters, retain_graph=True)
-            return flat(again) + self.damping * v
+            return parameters_to_vector(again) + self.damping * v
 
         return product
 
@@ -95,7 +95,7 @@ class Natural(USUAL):
         parameters, total = list(self.policy.parameters()), 0.0
         for i, rows in enumerate(batches):
             loss = self.loss(**{name: x[rows] for name, x in self.data.items()})
-            downhill = -flat(torch.autograd.grad(loss, parameters))
+            downhill = -parameters_to_vector(torch.autograd.grad(loss, parameters))
             product = self.fisher_product(self.data["state"][rows[: self.fisher_sz]])
             step = conjugate_gradients(product, downhill)
             fall = lr / self.config.lr * (1 - i / len(batches))
@@ -103,10 +103,6 @@ class Natural(USUAL):
             vector_to_parameters(parameters_to_vector(parameters) + length * step, parameters)
             total += loss.item()
         return total / len(batches)
-
-
-def flat(tensors):
-    return torch.cat([x.flatten() for x in tensors])
 
 
 def conjugate_gradients(product, b, iterations=10):
