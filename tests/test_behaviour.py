@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, equal
+from conftest import checkpoint, equal, make_sac
 from torch.nn.utils import parameters_to_vector
 
 import aggrevated
@@ -213,6 +213,13 @@ def test_a_run_is_a_function_of_its_seed_however_often_evaluated(train, make_age
     assert equal(first.policy.state_dict(), again.policy.state_dict())
     assert equal(first.data, again.data) and not equal(first.data, other.data)
     assert drawn[:5] == drawn[5:10] and len(set(drawn)) == 10  # an update of one's own each
+
+
+def test_first_weights_depend_on_the_seed_alone(make_agent, tmp_path):
+    make_sac(path := str(tmp_path / "other.zip"), net_arch=[8], n_critics=3)
+    changes = {}, dict(expert_path=path), dict(seed=1)
+    first, same, other = [make_agent(**x).policy.state_dict() for x in changes]
+    assert equal(first, same) and not torch.equal(first["fc1.weight"], other["fc1.weight"])
 
 
 def test_evaluations_are_of_the_mean_action_to_the_end_on_terrains_of_their_own(train, make_agent):

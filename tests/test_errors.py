@@ -55,6 +55,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("option, mend", [
+    *([] if torch.cuda.is_available() else [("device=cuda", "device cuda .*CUDA")]),
     ("device=cuda:99", "device cuda:99 .*(CUDA|invalid)"),
     ("device=gpu", "device gpu .*Expected one of cpu, cuda"),
     ("algorithm=magic", "algorithm is magic; give aggrevated or weighted or dagger or bc"),

@@ -230,6 +230,7 @@ import gymnasium.utils.env_checker, torch.utils.tensorboard.summary, warnings
 def state():
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     of_torch = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist()
+    of_torch += (torch.are_deterministic_algorithms_enabled(),)
     return dict(os.environ), handlers, of_torch, warnings.filters[:], threading.active_count()
 before = state()
 import aggrevated

@@ -9,7 +9,6 @@ import re
 import shutil
 import zipfile
 
-import common
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from test_errors import STRANGE, Bomb, refused, run_strange  # noqa: F401  (fixtures)
 from torch import nn
 
-from aggrevated import AggreVateDAgent, Config, SACExpert, make_env, play_episode
+from aggrevated import Config, SACExpert, make_env, play_episode
 
 
 def edit(path, data=None, weights=None, zipped=True, compression=zipfile.ZIP_STORED):
@@ -172,14 +171,3 @@ def test_tasks_that_gymnasium_would_not_make(run_strange, finished, monkeypatch)
     assert result.status == 0 and re.search("check_env .*Strange-v0: .*observation", warning)
     assert "warning" not in finished[0].out + finished[0].err  # of Gymnasium's own task
     assert len(re.findall(r"(?:learner|expert) +-2\.4691e-06 ± ", result.out)) == 3
-
-
-def test_committed_episodes_can_be_repeated():
-    rows = [row for row in common.read("returns") if row["row"] == "expert_1"]
-    agent = AggreVateDAgent(Config(**common.options_of("expert_1"), n_workers=1, device="cpu"))
-    for row in sorted(rows, key=lambda row: int(row["length"]))[:5]:
-        stream = common.TERRAINS[row["terrains"]], int(row["episode"])
-        (t,) = agent.play([stream], 1.0, 0.0, agent.horizon)
-        assert len(t.rewards) == int(row["length"])
-        assert t.rewards.sum() == pytest.approx(float(row["return"]), abs=0.01)
-    agent.close()

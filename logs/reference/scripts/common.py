@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is loaded: one process, one core
 import numpy as np
-from tqdm import trange
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parents[1]  # logs/reference
 ROOT = HERE.parents[1]
@@ -108,12 +108,13 @@ def obstacle(stream: tuple, actions: np.ndarray) -> str:
     return min(near)[1]
 
 
-def play(row: str, terrains: str, policy=None, most=500) -> list[tuple]:
+def play(row: str, terrains: str, policy=None, episodes=None) -> list[tuple]:
     """(episode, return, length, ended_at) of a policy's mean action, by default the expert's."""
     agent = ag.AggreVateDAgent(ag.Config(**options_of(row), n_workers=1, device="cpu"))
     c, players, played = agent.config, pickle.dumps((policy, agent.expert)), []
-    episodes, alpha = ROWS[expert_of(row)].get("episodes", 500), float(policy is None)
-    for i in trange(min(episodes, most, 300 if terrains == "validation" else 500), desc=row):
+    n = min(ROWS[expert_of(row)].get("episodes", 500), 300 if terrains == "validation" else 500)
+    alpha = float(policy is None)
+    for i in tqdm(episodes or range(n), desc=row):
         stream = TERRAINS[terrains], i
         t = ag.play_episode(players, c, alpha, 0.0, agent.horizon, stream)
         total = float(t.rewards.sum())
