@@ -80,12 +80,6 @@ def returns(row: str, who="best", terrains=None) -> np.ndarray:
     return np.array([[float(x["return"]) for x in e] for e in episodes(row, who, terrains)])
 
 
-def cost(row: str) -> np.ndarray:
-    """Environment steps and minutes of training, without evaluation, mean over the seeds."""
-    ends = [lines[-1] for lines in runs("evaluations")[row, None].values()]
-    return np.mean([(int(x["env_steps"]), float(x["seconds"]) / 60) for x in ends], axis=0)
-
-
 # -- numbers, also for the text: {name argument ...} -----------------------------------------------
 @cache
 def shares(n: int, seed: int, draws=4000) -> np.ndarray:
@@ -146,8 +140,9 @@ def failed(row: str) -> str:
 
 
 def steps(row: str) -> str:
-    """Environment steps of training."""
-    return f"{cost(row)[0] / 1000:,.0f}k"
+    """Environment steps of training, mean over the seeds."""
+    ends = [int(lines[-1]["env_steps"]) for lines in runs("evaluations")[row, None].values()]
+    return f"{np.mean(ends) / 1000:,.0f}k"
 
 
 def gap(last=0, first=-1) -> str:
@@ -186,7 +181,7 @@ def score_table(rows: list[str], ids=True, reference="", of="its expert") -> str
     """Rows beside a reference, by default their experts; last iterates if they were scored."""
     head, last = ["", "seeds × episodes", "mean return", "≥ 300"], not reference
     head += [f"minus {of} (95 % CI)"] + [f"last iterate, minus {of}"] * last
-    head, lines = head + ["steps", "min"], []
+    head, lines = head + ["steps"], []
     for row in scored(*rows):
         x, other = returns(row), reference or expert_of(row)
         if (other, terrains_of(row)) not in runs("returns"):
@@ -197,22 +192,9 @@ def score_table(rows: list[str], ids=True, reference="", of="its expert") -> str
         line.append(f"{np.mean(x >= 300):.1%}" if has_threshold else "")
         if expert_of(row) != row:
             line += [minus(row, other, who) for who in ("best", "last")[: 1 + last]]
-            line += [steps(row), f"{cost(row)[1]:.1f}"] if logged(row) else []
+            line += [steps(row)] if logged(row) else []
         lines.append(line + [""] * (len(head) - len(line)))
     return table(head, lines)
-
-
-def others_table() -> str:
-    """An agent a line: the expert; AggreVaTeD and weighted imitation, and what they differ by."""
-    lines = []
-    for row in scored(*PRINTED["others"]):
-        expert, numbers = expert_of(row), []
-        for learner in (row, f"{row}_weighted"):
-            there = scored(learner)
-            numbers += [mean(learner), minus(learner, expert)] if there else ["", ""]
-        lines.append([ROWS[row]["name"].split(":")[0], mean(expert), *numbers])
-    head = ["AggreVaTeD", "difference (95 % CI)", "weighted imitation", "difference"]
-    return table(["task", "its expert", *head], lines)
 
 
 def ends_of(row: str) -> dict[str, float]:
@@ -264,10 +246,9 @@ def noise_table() -> str:
 
 @cache
 def tables() -> dict[str, str]:
-    """Every table that is printed; `main` and `others` are those of the project's own README."""
+    """Every table that is printed; `main` and `printed` are in the project's own README, too."""
     return dict(
         main=score_table(PRINTED["main"], ids=False),
-        others=others_table(),
         hardcore=score_table(list(TABLES["hardcore"])),
         tasks=score_table(list(TABLES["tasks"])),
         ablations=score_table(list(TABLES["ablations"]), True, "aggrevated", "`aggrevated`"),
@@ -291,7 +272,7 @@ def fill(page: str) -> str:
     for paragraph in page.split("\n\n"):
         with suppress(KeyError, FileNotFoundError):
             call = lambda match: numbers[match[1]](*match[2].split())  # noqa: E731
-            paragraphs.append(re.sub(r"\{(\w+)((?: \w+)*)\}", call, paragraph))
+            paragraphs.append(re.sub(r"\{(\w+)((?:\s\w+)*)\}", call, paragraph))
     return "\n\n".join(paragraphs)
 
 
@@ -350,7 +331,7 @@ def draw_scores(axes, rows: dict[str, str]) -> None:
     axes.set_xticks(np.arange(len(rows)) + 0.15, [name for _, name in rows.values()])
     axes.set(ylim=(250, 325), xlim=(-0.5, len(rows) - 0.2))
     axes.set_title(f"{expert.size} test episodes a seed", fontsize=8)
-    axes.tick_params(labelsize=6.5)
+    axes.tick_params(labelsize=6)
 
 
 def draw_ends(axes, rows: dict[str, str]) -> None:
@@ -425,7 +406,7 @@ def draw_all() -> None:
         if name == "learning_curve":
             log = np.genfromtxt(SAC_LOG, delimiter=",", names=True)
             left.plot(log["env_steps"], log["average_return"], **style("sac"))
-            inset = left.inset_axes([0.21, 0.16, 0.35, 0.42])
+            inset = left.inset_axes([0.16, 0.16, 0.42, 0.42])
             draw_scores(inset, {row: PRINTED["inset"][row] for row in scored(*PRINTED["inset"])})
         save(name, figure, left)
     for draw, n in ((draw_why, 1), (draw_candidates, 2), (draw_exploitation, 2)):
