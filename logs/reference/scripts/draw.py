@@ -31,8 +31,9 @@ STYLES = {  # a colour of Okabe and Ito, a line style and a marker for each meth
     "bc": ("behaviour cloning", "#D55E00", (0, (8, 2)), "P"),
     "expert": ("the expert", "black", "--", "*"),
     "sac": ("SAC from scratch", "#999999", "-", ""),
-    "two_critics": ("SAC's two critics", "#CC79A7", "--", "v"),
-    "four_critics": ("these and two evaluated ones", "#0072B2", "-", "o"),
+    "two_critics": ("AggreVaTeD", "#0072B2", "-", "o"),
+    "four_critics": ("with evaluated critics, too", "#CC79A7", "--", "v"),
+    "no_bc_min_q": ("bc_weight 0, smallest Q", "#D55E00", "-.", "P"),
 }
 
 
@@ -374,7 +375,7 @@ def draw_candidates(*both) -> None:
 
 def draw_exploitation(left, right) -> None:
     """What A* promises and what comes, by iteration."""
-    for row in ("two_critics", "four_critics"):
+    for row in PRINTED["exploitation"]:
         points = columns("exploitation")[columns("exploitation")["row"] == row]
         n = np.unique(points["iteration"])
         for axes, column in ((left, "promised"), (right, "came")):
