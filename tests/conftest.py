@@ -3,7 +3,6 @@ import io
 import json
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +12,10 @@ sys.path[:0] = [str(ROOT / x) for x in ("", "rl-trained-agents", "logs/reference
 import pytest
 import stable_baselines3
 import torch
-
 import aggrevated
 
 torch.set_num_threads(1)
-checkpoint = partial(torch.load, weights_only=True)
+checkpoint = torch.load  # of weights only
 
 
 def make_sac(path, env_id="Pendulum-v1", kind="SAC", use_sde=False, **policy_kwargs):

@@ -111,8 +111,10 @@ def test_own_states_are_the_newest_alone_and_one_step_is_one(small, tmp_path):
 
 def test_min_q_is_the_difference_of_the_smallest(small):
     agent, data = make("min_q", small())
-    q_star = agent.expert.q_values(data["state"], data["a_star"]).amin(dim=1)
-    assert data["v_star"].shape == (4, 2) and (data["v_star"] == q_star[:, None]).all()
+    state, a_star, v_star = (data[x] for x in ("state", "a_star", "v_star"))
+    q, q_star = (agent.expert.q_values(state, a).amin(1) for a in (-a_star, a_star))
+    torch.testing.assert_close(agent.expert.advantage(state, -a_star, v_star)[:, 0], q - q_star)
+    assert v_star.shape == (4, 2) and (v_star == q_star[:, None]).all()
 
 
 def test_natural_step_is_along_fishers_and_as_long_as_its_divergence(small):

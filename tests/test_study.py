@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
-
 import common
 import draw
 from aggrevated import Config, load_policy
@@ -53,14 +52,15 @@ def test_readme_has_the_tables_and_the_numbers_of_the_study():
     assert len(intervals) > 4 and all(x in PAGE for x in intervals)
 
 
-KEPT = [name for name, x in common.ROWS.items() if "keep" in x]
+KEPT = ["expert_1", *(name for name, x in common.ROWS.items() if "keep" in x)]
+PLAYED = [(row, t) for row in KEPT for t in common.ROWS[row].get("terrains", ["test"])]
 
 
-@pytest.mark.parametrize("row", ["expert_1", *KEPT])
-def test_committed_policies_play_the_committed_episodes(row):
-    policy = load_policy(STUDY / "policies" / f"{row}_s0.pt") if row in KEPT else None
-    shortest = sorted(draw.episodes(row)[0], key=lambda x: int(x["length"]))[:5]
-    played = common.play(row, "test", policy, [int(x["episode"]) for x in shortest])
+@pytest.mark.parametrize("row, terrains", PLAYED)
+def test_committed_policies_play_the_committed_episodes(row, terrains):
+    policy = load_policy(STUDY / f"policies/{row}_s0.pt") if row != "expert_1" else None
+    shortest = sorted(draw.episodes(row, "best", terrains)[0], key=lambda x: int(x["length"]))[:5]
+    played = common.play(row, terrains, policy, [int(x["episode"]) for x in shortest])
     for (_, total, length, end), x in zip(played, shortest, strict=True):
         assert (str(length), end) == (x["length"], x["ended_at"])
         assert total == pytest.approx(float(x["return"]), abs=0.01)

@@ -109,7 +109,10 @@ def obstacle(stream: tuple, actions: np.ndarray) -> str:
 
 
 def play(row: str, terrains: str, policy=None, episodes=None) -> list[tuple]:
-    """(episode, return, length, ended_at) of a policy's mean action, by default the expert's."""
+    """(episode, return, length, ended_at) of a policy's mean action, by default the expert's.
+
+    In all episodes of these terrains, or only in some.
+    """
     agent = ag.AggreVateDAgent(ag.Config(**options_of(row), n_workers=1, device="cpu"))
     c, players, played = agent.config, pickle.dumps((policy, agent.expert)), []
     n = min(ROWS[expert_of(row)].get("episodes", 500), 300 if terrains == "validation" else 500)
