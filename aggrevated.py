@@ -1,9 +1,9 @@
 """Deeply AggreVaTeD (Sun et al., ICML 2017, arXiv 1703.01030) with a SAC expert.
 
 At each step the expert or the learner acts.  In the states that they visit, the policy
-gradient follows the expert's cost-to-go Q*, which the SAC agent's critics supply.
-`AggreVateDAgent.train` is Algorithm 1, but keeps old states, goes through the critics,
-adds a term for the expert's action, halves the roll-in noise, and maximises rewards.
+gradient follows the expert's cost-to-go Q*, as the SAC agent's critics estimate it.
+`AggreVateDAgent.train` is Algorithm 1 with many steps of Adam, old states too, gradients
+through the critics, a term for the expert's action, half the noise, and rewards.
 
     python aggrevated.py                        train with the defaults
     python aggrevated.py --seed 3 --K 20        every Config field is an option
@@ -84,15 +84,15 @@ class Config:
     expert_path: str = ""  # SB3 SAC zip; empty: rl-trained-agents/sac/ENV_1/ENV.zip
     algorithm: str = "aggrevated"  # see loss, draw and train
     init_path: str = ""  # run folder or policy file to start from; empty: random weights
-    seed: int = 0  # everything random follows from it
+    seed: int = 0  # for all that is random but evaluation episodes
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda or cuda:1
     n_workers: int = 2  # simulating processes, and threads of the update
     log_dir: str = "logs"  # where run folders are made
 
-    max_iteration: int = 20  # N of Algorithm 1; 10 to 100
+    max_iteration: int = 20  # N of Algorithm 1, over which lr falls; 10 to 100
     alpha_decay_iterations: int = 4  # until the expert acts no more; 1 to 60
     K: int = 10  # trajectories per iteration; 5 to 100
-    H: int = 2000  # longest trajectory [steps]
+    H: int = 2000  # longest roll-in [steps]; of evaluations only without a time limit
     roll_in_noise: float = 0.5  # scale of the learner's noise; 0: its mean action
     max_experience_len: int = 300_000  # visited states that are kept, the newest
 
@@ -104,7 +104,7 @@ class Config:
     bc_weight: float = 0.3  # aggrevated: weight of log pi(a*|s); 0 to 1
     gap_factor: float = 3.0  # weighted: weight 1 + gap_factor * gap / mean gap, up to 20
 
-    eval_every: int = 5  # iterations between evaluations; the first 3 have their own
+    eval_every: int = 5  # iterations between evaluations; the first 3 and the last, too
     eval_episodes: int = 20  # episodes of an evaluation; 10 to 500
 
     def __post_init__(self):
@@ -204,7 +204,7 @@ class NumpyPolicy:
         return w["offset"] + w["scale"] * np.tanh(out[..., :n] + std * np.float32(noise))
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
-        """As in Stable-Baselines3: (action, state), for one observation or many."""
+        """As in Stable-Baselines3, unclipped: (action, state), for one state or many."""
         observation = np.asarray(observation, dtype=np.float32)
         shape = *observation.shape[:-1], len(self.w["scale"])
         noise = 0.0 if deterministic else np.random.standard_normal(shape)
@@ -239,7 +239,8 @@ class SACExpert:
     """A frozen SB3 SAC agent: its mean action, and what its critics say of any action.
 
     `evaluated`: the second half of the critics was fitted to the mean action's returns
-    by rl-trained-agents/evaluate_critics.py.  UserError unless the zip is of this task.
+    by rl-trained-agents/evaluate_critics.py.  It improves a*; A* is of all critics.
+    UserError unless the zip fits the spaces.
     """
 
     def __init__(self, path, observation_space, action_space, device="cpu"):
@@ -295,16 +296,16 @@ class SACExpert:
         return (self.q_values(state, action) - v_star).amin(dim=-1, keepdim=True)
 
     def improve(self, state, a_star, candidates=16, deviation=0.3, temperature=0.25):
-        """The mean of candidates around a*, weighted by softmax(A* / temperature).
+        """Labels a*: candidates around pi*(s) weighted by softmax(gain / temperature).
 
-        Only the evaluated critics count; `deviation` is of actions in [-1, 1].
+        Gains are by the evaluated critics alone; `deviation` is of actions in [-1, 1].
         The weights are those of MPO's E-step (Abdolmaleki et al. 2018).
         """
         low, high = torch.tensor(np.array([self.low, self.high]), device=state.device)
         improved, first = [], len(self.critics) // 2
         for s, a in zip(state.split(128), a_star.split(128)):  # for the CPU's cache
             noise = deviation * torch.randn(candidates, *a.shape).to(a.device)
-            noise[0] = 0  # the first candidate is a* itself
+            noise[0] = 0  # the first candidate is pi*(s) itself
             action = torch.clamp(a + (high - low) / 2 * noise, low, high)
             q = self.q_values(s.expand(candidates, -1, -1), action, first)
             advantage = (q - q[0]).amin(dim=-1, keepdim=True)
@@ -312,9 +313,9 @@ class SACExpert:
         return torch.cat(improved)
 
 
-# == Roll-in (line 4 of Algorithm 1) ===========================================
+# == Roll-in ===================================================================
 # Random streams, np.random.default_rng((purpose, ...)), do not depend on what was drawn before:
-# evaluating more often changes nothing.  Scripts in logs/reference use others up to 17.
+# more evaluations change no iterate.  Scripts in logs/reference use others up to 17.
 ROLL_IN = 0  # (ROLL_IN, seed, n, k): trajectory k of iteration n
 UPDATE = 1  # (UPDATE, seed, n): what iteration n's labels and update draw
 VALIDATION = 3  # (VALIDATION, i): validation episode i, in every run
@@ -425,7 +426,7 @@ class AggreVateDAgent:
         # as bytes, or torch would send the expert's tensors by shared memory
         players = pickle.dumps((NumpyPolicy(self.policy.state_dict()), self.expert))
         job = partial(play_episode, players, self.config, alpha, noise_scale, horizon)
-        with user_error_if(BrokenExecutor, "A worker was killed; set fewer --n_workers"):
+        with user_error_if(BrokenExecutor, "A worker died; --n_workers 1 may tell why"):
             played = (self.pool.map if self.config.n_workers > 1 else map)(job, streams)
             return list(tqdm(played, desc, total=len(streams), disable=desc is None))
 
@@ -466,7 +467,7 @@ class AggreVateDAgent:
         return -(advantage / spread).mean() + self.config.bc_weight * imitation
 
     def update(self, lr: float) -> float:
-        """Steps of Adam, of sizes that fall from lr to 0; returns the mean loss."""
+        """Steps of a new Adam, whose size falls from lr to 0; returns the mean loss."""
         batches = self.draw().to(self.device).split(self.config.batch_sz)
         optimizer = torch.optim.Adam(self.policy.parameters(), fused=True)
         total = torch.zeros((), device=self.device)
@@ -504,13 +505,13 @@ class AggreVateDAgent:
     def train(self, run_dir: Path) -> None:
         """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
-        how = dict(purge_step=first) if first > 1 else {}  # drop later points
+        how = dict(purge_step=first) if any(run_dir.glob("events.*")) else {}  # killed
         writer, expert_writer = (SummaryWriter(run_dir / x, **how) for x in ("", "expert"))
         if not self.evaluations:
             self.validate(run_dir, "expert")
         for n in tqdm(range(first, c.max_iteration + 1), unit="iteration"):
             started = time.perf_counter()
-            # Line 4: roll in with alpha pi* + (1 - alpha) pi; label what was visited
+            # Roll in with alpha pi* + (1 - alpha) pi; label what was visited
             alpha = 1.0 if c.algorithm == "bc" else max(0.0, 1 - (n - 1) / c.alpha_decay_iterations)
             streams = [(ROLL_IN, c.seed, n, k) for k in range(c.K)]
             trajectories = self.play(streams, alpha, c.roll_in_noise, c.H)
@@ -519,18 +520,18 @@ class AggreVateDAgent:
             if n == 1 and not c.init_path:
                 self.policy.standardise_inputs(new["state"])
             scalars = {"train/alpha": alpha, "train/q_gap": self.gap(new).mean().item()}
-            # Line 5: update theta, with the newest states of all iterations
+            # Update theta, with the newest states of all iterations
             old = self.data or {name: x[:0] for name, x in new.items()}
             self.data = {k: torch.cat([old[k], new[k]])[-c.max_experience_len :] for k in new}
             scalars["train/loss"] = self.update(c.lr * (1 - (n - 1) / c.max_iteration))
             self.iteration, self.env_steps = n, self.env_steps + len(new["state"])
             self.seconds += time.perf_counter() - started
             scalars["rollout/episode_reward"] = np.mean([t.rewards.sum() for t in trajectories])
-            # Line 7: keep the best policy on validation
+            # Keep the best policy on validation
             if n <= 3 or n % c.eval_every == 0 or n == c.max_iteration:
                 scalars["eval/episode_reward"] = self.validate(run_dir)
-                expert = np.mean(self.evaluations[0]["returns"])
-                expert_writer.add_scalar("eval/episode_reward", expert, n)
+                expert_mean = np.mean(self.evaluations[0]["returns"])
+                expert_writer.add_scalar("eval/episode_reward", expert_mean, n)
             for tag, value in (scalars | {"time/env_steps": self.env_steps}).items():
                 writer.add_scalar(tag, value, n)
             writer.flush()
@@ -554,14 +555,16 @@ class AggreVateDAgent:
     def load(self, checkpoint: dict, resume: bool) -> None:
         """Take its policy, or all for `resume`; UserError if it does not fit."""
         weights, own = checkpoint["policy"], self.policy.state_dict()
-        with user_error_if(BAD_FILE, "The checkpoint is of another task or --hidden_dim"):
+        with user_error_if(BAD_FILE, "The checkpoint is of another task, expert or --hidden_dim"):
             if any(not torch.equal(weights[k], own[k].cpu()) for k in ("scale", "offset")):
                 raise ValueError("its actions have another range")
             self.policy.load_state_dict(weights)
             self.data = {k: x.to(self.device) for k, x in checkpoint["data"].items() if resume}
             [sum(e["returns"]) for e in checkpoint["evaluations"]]  # numbers?
-            if self.data:  # fails if misshapen
-                self.expert.advantage(*(self.data[k][:9] for k in ("state", "a_star", "v_star")))
+            if self.data:  # the same critics give the same values
+                s, a, v = (self.data[k][:9] for k in ("state", "a_star", "v_star"))
+                if not torch.allclose(self.expert.q_values(s, a), v, rtol=0.01, atol=1e-3):
+                    raise ValueError("its labels are another expert's")
         vars(self).update({name: checkpoint[name] for name in SAVED if resume})
 
 
@@ -591,13 +594,9 @@ EVALUATE = "eval_episodes", "env_name", "env_kwargs", "n_workers", "device", "ex
 
 
 def describe(returns: np.ndarray, threshold=None) -> str:
-    """Mean return ± its standard error, and how many episodes solve the task."""
+    """Mean return ± its standard error, and the share of episodes at the threshold."""
     text = f"{returns.mean():8.5g} ± {returns.std() / max(1, len(returns) - 1) ** 0.5:.3g}"
     return text if threshold is None else f"{text}, {(returns >= threshold).mean():4.0%} solved"
-
-
-def whole_number(text: str) -> int:
-    return int(text)
 
 
 def parse(argv: list[str]) -> dict:
@@ -612,8 +611,7 @@ def parse(argv: list[str]) -> dict:
     notes["algorithm"] = " or ".join(ALGORITHMS)
     for f in fields(Config):
         text = f"{notes.get(f.name, '')} (default: {f.default!r})"
-        kind = whole_number if f.type is int else f.type
-        parser.add_argument(f"--{f.name}", type=kind, help=text)
+        parser.add_argument(f"--{f.name}", type=f.type, help=text)
     return vars(parser.parse_args(argv))
 
 
@@ -627,9 +625,8 @@ def open_agent(resume=None, evaluate=None, **changes) -> AggreVateDAgent:
     for name in changes.keys() - set(may_change):
         if changes[name] != getattr(old, name):
             raise UserError(f"--{name} cannot change now; what can: {', '.join(may_change)}.")
-    # a dotted module may be a file in the run's folder, which may be a stranger's
-    if "." in old.env_name.rpartition(":")[0] and "env_name" not in changes:
-        raise UserError(f"It imports {old.env_name}; trust it? Give it as --env_name.")
+    if ":" in old.env_name and "env_name" not in changes:  # maybe a stranger's file
+        raise UserError(f"It imports {old.env_name}; if you trust that, add --env_name.")
     c = replace(old, **changes)
     if evaluate is None and checkpoint["iteration"] >= c.max_iteration:
         raise UserError(f"{resume} is finished; --max_iteration makes more.")
@@ -666,14 +663,15 @@ def start_training(agent: AggreVateDAgent, resume: str | None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(asdict(c), indent=1))
     run = shlex.quote(str(run_dir))
-    print(f"{c.algorithm} on {c.env_name}, episodes of at most {agent.horizon} steps")
+    module = f" --env_name {shlex.quote(c.env_name)}" if ":" in c.env_name else ""
+    print(f"{c.algorithm} on {c.env_name}, evaluations of at most {agent.horizon} steps")
     print(f"seed     {c.seed}, on {agent.device}\nexpert   {agent.expert.path}\nrun      {run}")
     print(f"watch    tensorboard --logdir {shlex.quote(str(run_dir.parent))}")
-    print(f"continue {command} --resume {run}  # if it is stopped, by Ctrl-C or a kill")
+    print(f"continue {command} --resume {run}{module}  # after Ctrl-C or a kill")
     agent.save(run_dir / "last.pt", agent.data)  # to resume from the start
     agent.train(run_dir)
     print(f"best     iteration {agent.best['iteration']}, {agent.best['mean']:.5g}: {run}/best.pt")
-    print(f"score    {command} --evaluate {run} --eval_episodes 100")
+    print(f"score    {command} --evaluate {run}{module} --eval_episodes 100")
 
 
 def main(argv=None) -> int:

@@ -89,11 +89,9 @@ def measure_roll_in(repeats: int) -> None:
     other.close()
 
 
-def program(options: dict, file=THIS, n_spinning=0, **variables) -> tuple[float, float, float]:
+def program(options: dict, file=THIS) -> tuple[float, float, float]:
     """Seconds of `python aggrevated.py`, to the learner's first point, and of training alone."""
-    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
-    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(n_spinning)]
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | variables)
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with TemporaryDirectory() as log_dir:
         argv = [f"--{k}={v}" for k, v in (options | dict(log_dir=log_dir)).items()]
         started, first = time.perf_counter(), 0.0
@@ -105,8 +103,6 @@ def program(options: dict, file=THIS, n_spinning=0, **variables) -> tuple[float,
         whole = time.perf_counter() - started
         (log,) = Path(log_dir).glob("*/evaluations.json")
         training = json.loads(log.read_text())[-1]["seconds"]
-    for other in others:
-        other.kill()
     return whole, first, training
 
 
@@ -123,10 +119,6 @@ def main() -> None:
     report("from the command to the learner's first point", first, "s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     report("peak memory of its largest process", peak, "MiB")
-    for count in ("10000", "infinity"):
-        alone = partial(program, {}, GOMP_SPINCOUNT=count)
-        both = (lambda: alone(n_spinning=2)[0]), (lambda: alone()[0])
-        race(f"beside two spinning processes over alone, GOMP_SPINCOUNT={count}", *both, 1)
     measure_roll_in(repeats=2)
 
     def training(file=THIS, **options) -> float:

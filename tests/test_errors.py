@@ -18,7 +18,7 @@ from aggrevated import ALGORITHMS, AggreVateDAgent, Config, UserError
 
 STRANGE, MOUNTAIN = "tiny_envs:Strange-v0", "MountainCarContinuous-v0"
 DAMAGED = "is missing, damaged or of another version"
-NO_FIT = "error: The checkpoint is of another task or --hidden_dim"
+NO_FIT = "error: The checkpoint is of another task, expert or --hidden_dim"
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ class Bomb:
     ("env_nam=no_abbreviation", "unrecognized arguments: --env_nam=no"),
     ("max_iteration=0", "max_iteration is 0; give 1 to "), ("lr=nan", "lr is nan; give 0 to "),
     (f"seed={2**32}", "seed is 4294967296; give 0 to 4294967295"),
-    ("K=ten", "--K: .*whole.number.* 'ten'"), ("K=2.5", "--K: .*whole.number.* '2.5'"),
+    ("K=ten", "--K: .*invalid int value: 'ten'"), ("K=2.5", "--K: .*invalid int value: '2.5'"),
     ("env_kwargs={g: 10}", "check env_name, env_kwargs .*JSON"),
     ('env_kwargs={"gravity": 1}', "check env_name, env_kwargs .*gravity"),
     ("env_name=no_such_module:Tiny-v0", "check env_name, env_kwargs .*no_such_module"),
@@ -142,8 +142,11 @@ def test_checkpoint_of_another_task(finished, refused, tmp_path):
     assert NO_FIT in refused(init_path=run, hidden_dim=8)
     assert "--env_kwargs cannot change now" in refused("--resume", run, '--env_kwargs={"g": 9}')
     assert "--K cannot change now; what can: " in refused("--evaluate", run, "--K=3")
-    change(run / "last.pt", "config", env_name="logs.run:Strange-v0")
-    assert "imports logs.run:Strange-v0; trust" in refused("--resume", run)
+    make_sac(other := tmp_path / "other.zip", net_arch=[8])
+    told = refused("--resume", run, max_iteration=9, expert_path=other)
+    assert NO_FIT in told and "labels are another expert's" in told
+    change(run / "last.pt", "config", env_name="run:Strange-v0")
+    assert "imports run:Strange-v0; if you trust" in refused("--resume", run)
 
 
 @pytest.mark.parametrize("error, saved", [(OSError, 0), (OSError, 2), (RuntimeError, 2)])
@@ -174,12 +177,12 @@ def test_environment_that_raises_keeps_its_traceback(run_strange, run_main, tmp_
     assert run_strange(kwargs, n_workers=n_workers).status == 0
     run, _ = only_run(tmp_path / "logs"), broken.touch()
     with pytest.raises(ArithmeticError, match="the motor is gone") as raised:
-        run_main("--resume", run, max_iteration=5)
+        run_main("--resume", run, max_iteration=5, env_name=STRANGE)
     assert "in step" in "".join(traceback.format_exception(raised.value))
     assert not multiprocessing.active_children()
     last, _ = checkpoint(run / "last.pt"), broken.unlink()
     assert last["iteration"] == 2 and json.loads(last["config"]["env_kwargs"]) == kwargs
-    how = dict(env_kwargs=kwargs | dict(pay=1.0))  # for 20 steps
+    how = dict(env_name=STRANGE, env_kwargs=kwargs | dict(pay=1.0))  # for 20 steps
     assert re.search("learner +20 ± 0\n", run_main("--evaluate", run, **how).out)
 
 

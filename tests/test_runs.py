@@ -88,7 +88,7 @@ def test_learner_and_expert_have_points_in_runs_of_their_own(run_small, last, ev
 
 def test_film_is_of_the_first_validation_episode(run_small, make_agent, tmp_path):
     run, path = run_small("logs", seed=3), tmp_path / "x.gif"
-    film.save_gif(run, path)
+    film.save_gif(run, path, env_name=STRANGE)
     with Image.open(path) as gif:
         frames = [np.array(x.convert("RGB")).reshape(-1, 3) for x in ImageSequence.Iterator(gif)]
     agent = make_agent(env_name=STRANGE, init_path=str(run))
@@ -97,7 +97,9 @@ def test_film_is_of_the_first_validation_episode(run_small, make_agent, tmp_path
     np.testing.assert_allclose(np.median(frames, axis=1), expected, atol=8)
     assert all((x < 60).all(axis=1).sum() > 50 for x in frames)  # step and return, in black
     with pytest.raises(aggrevated.UserError, match="Strange-v0 cannot be drawn here"):
-        film.save_gif(run, path, env_kwargs='{"pay": 1.0}')  # it draws no pictures then
+        film.save_gif(
+            run, path, env_name=STRANGE, env_kwargs='{"pay": 1.0}'
+        )  # it draws no pictures then
 
 
 def test_evaluate_scores_the_best_iterate(run_main, small, make_agent, tmp_path):
@@ -115,7 +117,7 @@ def test_evaluate_scores_the_best_iterate(run_main, small, make_agent, tmp_path)
     x, last, y = (a.evaluate(who, TEST) for a, who in played)
     assert abs(x.mean() - last.mean()) > 0.01 and checkpoint(file)["iteration"] == 2
     for path in (run, file):
-        result = run_main("--evaluate", path)
+        result = run_main("--evaluate", path, env_name=task["env_name"])
         assert all(str(x) in result.out for x in (path, task["env_name"], agent.expert.path))
         for who, z in dict(learner=x, expert=y, difference=x - y).items():
             share = f", {(z >= -3.75).mean():.0%} solved" if who != "difference" else ""
@@ -161,7 +163,8 @@ def resume(run_main, run, old_log=0, **changes):
     """Go on; by its name, the old log begins at second `old_log`: long before the new one."""
     for log in list(run.rglob("events.*")):
         log.rename(log.with_name(f"events.out.tfevents.{old_log}"))
-    result = run_main("--resume", run, **changes)
+    task = dict(env_name=checkpoint(run / "last.pt")["config"]["env_name"])
+    result = run_main("--resume", run, **task, **changes)
     assert result.status == 0, result.err
 
 
@@ -170,6 +173,7 @@ def resume(run_main, run, old_log=0, **changes):
     ("update", 3, 2, 9_999_999_999, dict(algorithm="weighted", max_experience_len=30)),
     ("validate", 4, 2, 0, dict(algorithm="dagger")),
     ("save", 4, 2, 0, dict()),  # iteration 3 has its points then
+    ("save", 2, 0, 0, dict()),
 ])  # fmt: skip
 def test_stopped_run_goes_on(moment, number, saved, old_log, changes, run_small, run_main):
     changes = changes | dict(max_iteration=4, eval_every=2)
@@ -191,9 +195,9 @@ def test_stopped_run_goes_on(moment, number, saved, old_log, changes, run_small,
 
 
 def test_finished_run_can_be_lengthened(run_small, run_main, expert_zip, tmp_path):
-    part = run_small("part", max_iteration=1, env_name="tiny_envs:own/Strange-v0")
+    part = run_small("part", max_iteration=1, env_name=(env := "tiny_envs:own/Strange-v0"))
     assert part.name.startswith("aggrevated_own-Strange-v0_s0_")
-    before, sentence = list(part.rglob("*")), run_main("--resume", part).err
+    before, sentence = list(part.rglob("*")), run_main("--resume", part, env_name=env).err
     assert re.search("finished; --max_iteration makes more", sentence)
     assert before == list(part.rglob("*"))  # no new events
     torch.save(first := checkpoint(part / "last.pt") | dict(seconds=1000.0), part / "last.pt")
@@ -212,16 +216,16 @@ def test_printed_commands_can_be_pasted_with_spaces(run_main, small, tmp_path, m
     (tmp_path / "my own").mkdir()
     monkeypatch.chdir(tmp_path / "my own")
     monkeypatch.setattr(sys, "argv", [script := "../a b/aggrevated.py"])
-    task = dict(env_name="tiny_envs:Pendulum-v1", expert_path="")
+    task = dict(env_name=(env := "tiny_envs:Pendulum-v1"), expert_path="")
     out = run_main(**small(log_dir="my logs", **task)).out
     run = only_run(Path("my logs"))
     assert command(out, "score")[:4] == ["python", script, "--evaluate", str(run)]
-    assert command(out, "continue") == ["python", script, "--resume", str(run)]
+    assert command(out, "continue")[1:] == [script, "--resume", str(run), "--env_name", env]
     assert command(out, "watch") == ["tensorboard", "--logdir", "my logs"]
     assert run.name.startswith("aggrevated_Pendulum-v1_s0_") and "_1/Pendulum-v1.zip" in out
     monkeypatch.chdir((run := run.resolve()).parent)
     beside_the_program = "rl-trained-agents/sac/Pendulum-v1_1/Pendulum-v1.zip"
-    assert run_main("--evaluate", run, expert_path=beside_the_program).status == 0
+    assert run_main("--evaluate", run, env_name=env, expert_path=beside_the_program).status == 0
 
 
 IMPORT = """
@@ -316,4 +320,4 @@ def test_ctrl_c_or_kill_ends_all_and_can_be_continued(kill, number, times, progr
     assert process.returncode in statuses and "Traceback" not in err, err
     run = only_run(Path("my logs"))
     assert checkpoint(run / "last.pt")["iteration"] >= ready
-    assert command(out, "continue") == ["python", SCRIPT, "--resume", str(run)]
+    assert command(out, "continue")[:4] == ["python", SCRIPT, "--resume", str(run)]

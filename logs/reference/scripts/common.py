@@ -21,7 +21,7 @@ import aggrevated as ag  # noqa: E402
 TERRAINS = {"test": ag.TEST, "validation": 17}  # streams; the second is for choosing settings
 WHY, HOPPER = 10, 12  # streams of why.py and hopper.py
 HARDCORE = "BipedalWalkerHardcore-v3"
-FAILED = 250  # Hardcore's episodes below it ended in a fall or, rarely, by the clock
+FAILED = 250  # Hardcore's episodes below it ended in a fall or by the clock
 TABLES = json.loads((HERE / "rows.json").read_text())
 PRINTED = TABLES.pop("printed")  # which rows stand in which other tables and figures
 ROWS = {name: row for table in TABLES.values() for name, row in table.items()}
