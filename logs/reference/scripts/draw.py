@@ -1,4 +1,4 @@
-"""Draw the pictures and print the study's README.md, from the numbers beside it and nothing else.
+"""Draw the pictures and print the study's README.md, from the numbers beside it and expert 1's log.
 
     python logs/reference/scripts/draw.py
 
@@ -112,16 +112,10 @@ def chosen(row: str) -> str:
     return with_interval(x.mean(), means)
 
 
-def mean(row: str) -> str:
+def mean(row: str, terrains=None) -> str:
     """Mean return, in brackets the lowest and the highest seed's."""
-    x = returns(row).mean(axis=1)
+    x = returns(row, terrains=terrains).mean(axis=1)
     return f"{x.mean():.1f}" + (f" ({x.min():.1f} to {x.max():.1f})" if len(x) > 1 else "")
-
-
-def validated(row: str) -> str:
-    """`mean` on the 300 validation terrains."""
-    x = returns(row, terrains="validation").mean(axis=1)
-    return f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})"
 
 
 def percent(row: str, who="best") -> str:
@@ -266,14 +260,14 @@ def fill(page: str) -> str:
 
     A paragraph that needs a row which has not been run is left out.
     """
-    functions = mean, validated, minus, chosen, percent, solved, failed, steps, gap, states, rank
+    functions = mean, minus, chosen, percent, solved, failed, steps, gap, states, rank
     numbers = {f.__name__: f for f in functions}
     numbers |= {name: text.__str__ for name, text in tables().items()}
     paragraphs = []
     for paragraph in page.split("\n\n"):
         with suppress(KeyError, FileNotFoundError):
             call = lambda match: numbers[match[1]](*match[2].split())  # noqa: E731
-            paragraphs.append(re.sub(r"\{(\w+)((?:\s\w+)*)\}", call, paragraph))
+            paragraphs.append(re.sub(r"\{(\w+)((?:\s+\w+)*)\}", call, paragraph))
     return "\n\n".join(paragraphs)
 
 
