@@ -505,7 +505,7 @@ class AggreVateDAgent:
     def train(self, run_dir: Path) -> None:
         """Algorithm 1, from the iteration after the last one that was saved."""
         c, first = self.config, self.iteration + 1
-        how = dict(purge_step=first) if any(run_dir.glob("events.*")) else {}  # killed
+        how = dict(purge_step=first) if any(run_dir.glob("events.*")) else {}  # drop later points
         writer, expert_writer = (SummaryWriter(run_dir / x, **how) for x in ("", "expert"))
         if not self.evaluations:
             self.validate(run_dir, "expert")

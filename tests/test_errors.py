@@ -145,8 +145,9 @@ def test_checkpoint_of_another_task(finished, refused, tmp_path):
     make_sac(other := tmp_path / "other.zip", net_arch=[8])
     told = refused("--resume", run, max_iteration=9, expert_path=other)
     assert NO_FIT in told and "labels are another expert's" in told
-    change(run / "last.pt", "config", env_name="run:Strange-v0")
-    assert "imports run:Strange-v0; if you trust" in refused("--resume", run)
+    for name in ("run:Strange-v0", "logs.run:Strange-v0"):
+        change(run / "last.pt", "config", env_name=name)
+        assert f"imports {name}; if you trust" in refused("--resume", run)
 
 
 @pytest.mark.parametrize("error, saved", [(OSError, 0), (OSError, 2), (RuntimeError, 2)])

@@ -96,10 +96,9 @@ def test_film_is_of_the_first_validation_episode(run_small, make_agent, tmp_path
     expected = tiny_envs.colour(episode.states[::5])
     np.testing.assert_allclose(np.median(frames, axis=1), expected, atol=8)
     assert all((x < 60).all(axis=1).sum() > 50 for x in frames)  # step and return, in black
+    task = dict(env_name=STRANGE, env_kwargs='{"pay": 1.0}')  # it draws no pictures then
     with pytest.raises(aggrevated.UserError, match="Strange-v0 cannot be drawn here"):
-        film.save_gif(
-            run, path, env_name=STRANGE, env_kwargs='{"pay": 1.0}'
-        )  # it draws no pictures then
+        film.save_gif(run, path, **task)
 
 
 def test_evaluate_scores_the_best_iterate(run_main, small, make_agent, tmp_path):
@@ -220,7 +219,7 @@ def test_printed_commands_can_be_pasted_with_spaces(run_main, small, tmp_path, m
     out = run_main(**small(log_dir="my logs", **task)).out
     run = only_run(Path("my logs"))
     assert command(out, "score")[:4] == ["python", script, "--evaluate", str(run)]
-    assert command(out, "continue")[1:] == [script, "--resume", str(run), "--env_name", env]
+    assert command(out, "continue") == ["python", script, "--resume", str(run), "--env_name", env]
     assert command(out, "watch") == ["tensorboard", "--logdir", "my logs"]
     assert run.name.startswith("aggrevated_Pendulum-v1_s0_") and "_1/Pendulum-v1.zip" in out
     monkeypatch.chdir((run := run.resolve()).parent)
@@ -320,4 +319,5 @@ def test_ctrl_c_or_kill_ends_all_and_can_be_continued(kill, number, times, progr
     assert process.returncode in statuses and "Traceback" not in err, err
     run = only_run(Path("my logs"))
     assert checkpoint(run / "last.pt")["iteration"] >= ready
-    assert command(out, "continue")[:4] == ["python", SCRIPT, "--resume", str(run)]
+    again = ["python", SCRIPT, "--resume", str(run), "--env_name", STRANGE]
+    assert command(out, "continue") == again

@@ -121,4 +121,5 @@ if __name__ == "__main__":
         elif missing(row, args.seeds, args.terrains):
             run_row(row, args.seeds, args.terrains)
         else:
-            print(f"{row} is complete; else delete .runs/{row}_s* and its lines in returns.csv")
+            what = f".runs/{row}_s* and its lines in returns.csv"
+            print(f"{row} is complete; to run it again, delete {what}")
